@@ -1,0 +1,60 @@
+// Every op of torch.ops.torch_pd. Bodies: csrc/cpu and csrc/cuda. Typed Python faces, docs and
+// fakes: torch_pd/ops.py. Shapes are in the comments; sizes in brackets.
+//
+//   T tokens, H query heads, Hkv KV heads, D head_dim, P pages, B block_size, S sequences, N places
+//
+// A layer's cache is a strided view [P, B, Hkv, D] of the pool (page stride free, last dim
+// contiguous); K and V may differ in width. Slots are int64 `page * B + offset`, -1 = padding.
+// Block table entries are int32 `place << 28 | index`.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(torch_pd, m) {
+  // k, v [T, Hkv, D]; slots [T]; scales float32 [P, B, Hkv] when the cache is float8_e4m3fn.
+  m.def(
+      "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, *, "
+      "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()");
+  // block_tables int32 [S, max_pages]; seq_lens int32 [S]; kv_start int32 [S + 1], cumulative
+  // lengths; k, v [sum of lengths, Hkv, D] outputs; places int64 [N, 2] (base address, pages).
+  m.def(
+      "gather_kv(Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor seq_lens, "
+      "Tensor kv_start, Tensor(a!) k, Tensor(b!) v, *, Tensor? k_scale=None, "
+      "Tensor? v_scale=None, Tensor? places=None) -> ()");
+  // src, dst [pages, ...] of one dtype and page shape, each page contiguous; moves int64
+  // [M, 2] rows (src page, dst page).
+  m.def("copy_pages(Tensor src, Tensor(a!) dst, Tensor moves) -> ()");
+  // qkv [T, (H + 2 Hkv) * D], merged rows, in blocks of shards if shard_heads (KV heads per
+  // shard) is given: q0 k0 v0 q1 k1 v1 ...; q [T, H, D] output; cos, sin [T, R], R <= D even;
+  // q_norm, k_norm [D] (each head) or [H * D], [Hkv * D] (all heads at once); weight used is
+  // norm_offset + norm.
+  m.def(
+      "rope_write_kv(Tensor qkv, Tensor(a!) q, Tensor(b!) k_cache, Tensor(c!) v_cache, "
+      "Tensor slots, *, Tensor? cos=None, Tensor? sin=None, Tensor? q_norm=None, "
+      "Tensor? k_norm=None, float eps=1e-06, float norm_offset=0.0, int[]? shard_heads=None, "
+      "Tensor(d!)? k_scale=None, Tensor(e!)? v_scale=None) -> ()");
+  // q [T, H, D]; out [T, H, Dv] output; query_start int32 [S + 1] cumulative; the last query of a
+  // sequence sits at position seq_len - 1. window 0 = none, else keys with q_pos - k_pos < window.
+  // soft_cap 0 = none. sinks float32 [H]. lse float32 [T, H] output (natural log).
+  // max_query_len bounds the query tokens of any one sequence and may choose the kernel.
+  m.def(
+      "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, "
+      "Tensor seq_lens, Tensor query_start, Tensor(a!) out, float scale, int max_query_len, *, "
+      "int window=0, float soft_cap=0.0, Tensor? sinks=None, Tensor? k_scale=None, "
+      "Tensor? v_scale=None, Tensor? places=None, Tensor(b!)? lse=None) -> ()");
+  // Folds a second partial result over other keys into the first. out, other [T, H, Dv];
+  // lse, other_lse float32 [T, H].
+  m.def("merge_attention(Tensor(a!) out, Tensor(b!) lse, Tensor other, Tensor other_lse) -> ()");
+  // x, out, residual [T, C]; weight [C]. With residual: residual += scale * x (rounded to its
+  // dtype), out = norm(residual) * (offset + weight). Without: out = norm(x) * (offset + weight).
+  m.def(
+      "rms_norm(Tensor x, Tensor weight, Tensor(a!) out, float eps, *, "
+      "Tensor(b!)? residual=None, float scale=1.0, float offset=0.0) -> ()");
+  // x [T, 2 * W] gate and up, in blocks of shards if shard_widths is given: gate0 up0 gate1 up1
+  // ...; out [T, W] = act(gate) * up. activation: "silu", "gelu", "gelu_tanh".
+  m.def(
+      "gated_act(Tensor x, Tensor(a!) out, str activation, *, int[]? shard_widths=None) -> ()");
+  // out [M, N] = x [M, K] weight [N, K]^T + bias [N]. A row of out depends on its row of x alone,
+  // bit for bit, whatever M is. CPU only: on CUDA linears are cuBLAS.
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+  // The instruction set that the CPU bodies run with: base, avx2, avx512 or avx512bf16.
+  m.def("cpu_isa() -> str");
+}

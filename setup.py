@@ -1,0 +1,83 @@
+"""Builds libtorch_pd (and libtorch_pd_cuda) with CMake + ninja and puts them into torch_pd/.
+
+Build-time settings (environment, never read at run time):
+  TORCH_PD_CUDA       AUTO (default: when the installed torch is a CUDA build and nvcc is found),
+                      ON (compile even against a CPU torch, as CI does) or OFF
+  TORCH_PD_CUDA_ARCH  CUDA architectures for CMake, default 90a
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def want_cuda(torch) -> bool:
+    choice = os.environ.get("TORCH_PD_CUDA", "AUTO").upper()
+    if choice not in ("AUTO", "ON", "OFF"):
+        raise SystemExit(f"TORCH_PD_CUDA must be AUTO, ON or OFF, got {choice!r}")
+    nvcc = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
+    if choice == "ON" and not nvcc:
+        raise SystemExit("TORCH_PD_CUDA=ON but nvcc is neither on PATH nor in /usr/local/cuda/bin")
+    return choice == "ON" or (choice == "AUTO" and torch.version.cuda is not None and bool(nvcc))
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake once for all libraries; setuptools then copies or installs the outputs."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        try:
+            import torch
+        except ImportError as error:
+            raise SystemExit(
+                "torch_pd is built against the installed torch: pip install torch first, then "
+                "pip install --no-build-isolation ."
+            ) from error
+        self.torch = torch
+        if want_cuda(torch):
+            self.extensions.append(Extension("torch_pd.libtorch_pd_cuda", sources=[]))
+
+    def get_ext_filename(self, name):
+        return f"{name.replace('.', '/')}.so"
+
+    def run(self):
+        if not any(shutil.which(tool) for tool in ("cmake",)):
+            raise SystemExit("cmake not found: pip install cmake ninja")
+        cuda = len(self.extensions) > 1
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        args = [
+            f"-DTORCH_PD_TORCH_DIR={Path(self.torch.__file__).parent}",
+            f"-DTORCH_PD_CUDA={'ON' if cuda else 'OFF'}",
+            f"-DTORCH_PD_CUDA_ARCH={os.environ.get('TORCH_PD_CUDA_ARCH', '90a')}",
+        ]
+        nvcc = Path("/usr/local/cuda/bin/nvcc")
+        if cuda and not shutil.which("nvcc"):
+            args.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+        if shutil.which("ninja"):
+            args.append("-GNinja")
+        subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), *args])
+        subprocess.check_call(["cmake", "--build", str(build), "--parallel"])
+        self.cmake_dir = build
+        super().run()
+
+    def build_extension(self, ext):
+        built = self.cmake_dir / f"{ext.name.split('.')[-1]}.so"
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A new inode: a process that has the old library mapped keeps it.
+        target.unlink(missing_ok=True)
+        shutil.copy2(built, target)
+
+
+setup(
+    ext_modules=[Extension("torch_pd.libtorch_pd", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,35 @@
+"""Batch: the tensors of one forward pass over packed tokens."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class GroupBatch:
+    """Where one KV group (layers that share window and shape) reads and writes in this pass."""
+
+    block_tables: Tensor
+    """int32 [num_seqs, max_pages]; page 0 pads."""
+    slots: Tensor
+    """int64 [num_tokens]; -1 writes nothing."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """One forward pass: num_tokens packed query tokens of num_seqs sequences."""
+
+    num_tokens: int
+    max_query_len: int
+    query_start: Tensor
+    """int32 [num_seqs + 1], cumulative query tokens."""
+    seq_lens: Tensor
+    """int32 [num_seqs], tokens in the cache after this pass, the query tokens included."""
+    groups: tuple[GroupBatch, ...]
+    places: Tensor | None = None
+    """int64 [num_places, 2] if a block table names another pool (docs/layouts.md)."""
+    unpad: Tensor | None = None
+    """int64 [num_tokens] rows of the flattened padded [batch * length] input that the packed tokens
+    come from; None if the input is packed already (rows map one to one)."""
+    memo: dict = field(default_factory=dict)
+    """Tensors derived once per pass and shared by its layers (packed cos and sin)."""

@@ -1,0 +1,261 @@
+"""Typed faces of ``torch.ops.torch_pd.*``: shapes, meanings, fakes.
+
+Letters in shapes: ``T`` tokens, ``H`` query heads, ``Hkv`` KV heads, ``D`` head_dim, ``P`` pages,
+``B`` block_size, ``S`` sequences. A layer's ``k_cache, v_cache [P, B, Hkv, D]`` are strided views of
+a pool (any page stride, last dimension contiguous). Slots are int64 ``page * B + offset`` with -1 as
+padding; block table entries are int32 ``place << 28 | page`` (docs/layouts.md).
+
+Every op checks shapes, dtypes, strides and devices and raises RuntimeError naming the op and both
+values. On CPU the values inside index tensors are checked as well.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PLACE_SHIFT = 28
+"""A block table entry is ``place << PLACE_SHIFT | page``; place 0 is the pool given to the op."""
+
+_FOLDER = Path(__file__).parent
+_LIBRARY = _FOLDER / "libtorch_pd.so"
+_CUDA_LIBRARY = _FOLDER / "libtorch_pd_cuda.so"
+
+if not _LIBRARY.exists():
+    raise ImportError(
+        f"{_LIBRARY} is missing: build it with "
+        "'pip install --no-build-isolation -e .' in the source tree of torch_pd"
+    )
+torch.ops.load_library(_LIBRARY)
+if _CUDA_LIBRARY.exists() and torch.version.cuda is not None:
+    torch.ops.load_library(_CUDA_LIBRARY)
+
+_ops = torch.ops.torch_pd
+
+
+def has_cuda_ops() -> bool:
+    """True if the CUDA bodies are built and this torch can use them. Does not touch a GPU."""
+    return _CUDA_LIBRARY.exists() and torch.version.cuda is not None
+
+
+def cpu_isa() -> str:
+    """The instruction set of the CPU bodies: base, avx2, avx512 or avx512bf16."""
+    return _ops.cpu_isa()
+
+
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Scatters ``k, v [T, Hkv, D]`` into ``slots [T]`` of one layer of the pool.
+
+    Two tokens must not name one slot (-1, padding, excepted). A float8_e4m3fn cache needs
+    ``k_scale, v_scale`` float32 ``[P, B, Hkv]``, which are written too.
+    """
+    _ops.write_kv(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
+
+
+def gather_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    kv_start: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    places: Tensor | None = None,
+) -> None:
+    """Copies the pages of sequences into contiguous ``k, v [sum(seq_lens), Hkv, D]``.
+
+    ``block_tables [S, max_pages]`` and ``seq_lens [S]`` int32; ``kv_start [S + 1]`` int32 is the
+    cumulative sum of ``seq_lens`` with a leading 0.
+    """
+    _ops.gather_kv(
+        k_cache,
+        v_cache,
+        block_tables,
+        seq_lens,
+        kv_start,
+        k,
+        v,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        places=places,
+    )
+
+
+def copy_pages(src: Tensor, dst: Tensor, moves: Tensor) -> None:
+    """Copies whole pages: ``moves [M, 2]`` int64 rows are (page of src, page of dst).
+
+    ``src, dst [pages, ...]`` are pools of one dtype and page shape; they may be the same pool if no
+    page is both read and written. No page may be written twice.
+    """
+    _ops.copy_pages(src, dst, moves)
+
+
+def rope_write_kv(
+    qkv: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_offset: float = 0.0,
+    shard_heads: Sequence[int] | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Optional q/k RMSNorm, rotary embedding and KV write in one pass over the merged projection.
+
+    ``qkv [T, (H + 2 Hkv) * D]`` holds q, k, v heads, in blocks ``q0 k0 v0 q1 k1 v1 ...`` if
+    ``shard_heads`` (KV heads of each shard) is given. ``q [T, H, D]`` is the output; k and v go to
+    ``slots [T]`` (-1: q only). ``cos, sin [T, R]`` as Hugging Face makes them (half rotation over
+    the first R dimensions; float32 or qkv's dtype); None rotates nothing. ``q_norm, k_norm``: ``[D]``
+    normalises each head, ``[H * D]`` and ``[Hkv * D]`` all heads at once; the factor is
+    ``norm_offset + weight``. Arithmetic is float32.
+    """
+    _ops.rope_write_kv(
+        qkv,
+        q,
+        k_cache,
+        v_cache,
+        slots,
+        cos=cos,
+        sin=sin,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        eps=eps,
+        norm_offset=norm_offset,
+        shard_heads=shard_heads,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    out: Tensor,
+    scale: float,
+    max_query_len: int,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    places: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> None:
+    """Causal attention of packed queries ``q [T, H, D]`` over paged keys and values into ``out``.
+
+    Sequence i owns queries ``query_start[i]:query_start[i + 1]``; they are the last ones of its
+    ``seq_lens[i]`` tokens, all of which are in the cache already. ``window`` 0 is none, else a query
+    sees keys less than ``window`` back. ``soft_cap`` 0 is none, else scores become
+    ``soft_cap * tanh(score / soft_cap)``. ``sinks`` float32 ``[H]`` join the softmax without a
+    value. ``places`` int64 ``[N, 2]`` (base address, pages) resolves block table entries of other
+    pools; row 0 is this pool. ``lse`` float32 ``[T, H]`` receives the natural log-sum-exp of the
+    scaled scores (sinks included). Rows of a sequence with no queries are not touched.
+    ``max_query_len`` bounds any sequence's number of queries and may choose the kernel.
+    """
+    _ops.paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        seq_lens,
+        query_start,
+        out,
+        scale,
+        max_query_len,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        places=places,
+        lse=lse,
+    )
+
+
+def merge_attention(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Folds a partial result over other keys into ``out [T, H, D]``, ``lse [T, H]`` float32.
+
+    Rows with an lse of -inf saw no key and carry no weight.
+    """
+    _ops.merge_attention(out, lse, other, other_lse)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    offset: float = 0.0,
+) -> None:
+    """``out = x / rms(x) * (offset + weight)`` over the rows of ``x [T, C]``; float32 inside.
+
+    With ``residual [T, C]``: first ``residual += scale * x`` in place, rounded to its dtype, then
+    the norm of that. ``out`` may be ``x``.
+    """
+    _ops.rms_norm(x, weight, out, eps, residual=residual, scale=scale, offset=offset)
+
+
+def gated_act(
+    x: Tensor, out: Tensor, activation: str, *, shard_widths: Sequence[int] | None = None
+) -> None:
+    """``out [T, W] = act(gate) * up`` of ``x [T, 2 W]`` = gate, up.
+
+    ``shard_widths`` gives the blocks of ``gate0 up0 gate1 up1 ...``. ``activation`` is silu, gelu
+    (exact) or gelu_tanh.
+    """
+    _ops.gated_act(x, out, activation, shard_widths=shard_widths)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``out [M, N] = x [M, K] @ weight [N, K].T + bias [N]``, float32 accumulation, CPU only.
+
+    A row of ``out`` depends on its row of ``x`` alone, bit for bit, whatever M is: batching does not
+    change a result.
+    """
+    _ops.linear(x, weight, bias, out)
+
+
+def _mutates_only(*args, **kwargs) -> None:
+    """Fake of an op that returns nothing and writes into its arguments."""
+
+
+for _name in (
+    "write_kv",
+    "gather_kv",
+    "copy_pages",
+    "rope_write_kv",
+    "paged_attention",
+    "merge_attention",
+    "rms_norm",
+    "gated_act",
+    "linear",
+):
+    torch.library.register_fake(f"torch_pd::{_name}", _mutates_only)
