@@ -1,0 +1,346 @@
+// Row kernels of rope_write_kv, rms_norm, gated_act and of float8 caches. Float32 inside, one
+// rounding at the end; a row is computed from its own inputs alone, in one order.
+#include "../fused.h"
+
+#include "convert.h"
+
+namespace torch_pd {
+namespace TORCH_PD_ISA {
+namespace {
+
+// Calls body(column, lanes) over a row, whole vectors first.
+template <typename Body>
+inline __attribute__((always_inline)) void for_columns(int64_t width, Body&& body) {
+  int64_t c = 0;
+  for (; c + kLanes <= width; c += kLanes) body(c, int64_t{kLanes});
+  if (c < width) body(c, width - c);
+}
+
+template <typename T>
+inline float sum_of_squares(const T* row, int64_t width) {
+  Floats total{};
+  for_columns(width, [&](int64_t c, int64_t n) {
+    const Floats x = load(row + c, n);
+    total += x * x;
+  });
+  return sum(total);
+}
+
+inline float inverse_rms(float squares, int64_t width, float eps) {
+  return 1.0f / __builtin_sqrtf(squares / static_cast<float>(width) + eps);
+}
+
+template <typename T>
+void rms_norm(const RmsNorm& p, int64_t begin, int64_t end) {
+  const T* weight = static_cast<const T*>(p.weight);
+  for (int64_t t = begin; t < end; ++t) {
+    const T* row = static_cast<const T*>(p.x) + t * p.x_token;
+    T* out = static_cast<T*>(p.out) + t * p.out_token;
+    float squares;
+    if (p.residual) {
+      T* residual = static_cast<T*>(p.residual) + t * p.residual_token;
+      Floats total{};
+      for_columns(p.width, [&](int64_t c, int64_t n) {
+        const Floats x = load(residual + c, n) + p.scale * load(row + c, n);
+        const Floats rounded = round_to(x, residual);
+        store(residual + c, rounded, n);
+        total += rounded * rounded;
+      });
+      squares = sum(total);
+      row = residual;
+    } else {
+      squares = sum_of_squares(row, p.width);
+    }
+    const float factor = inverse_rms(squares, p.width, p.eps);
+    for_columns(p.width, [&](int64_t c, int64_t n) {
+      store(out + c, load(row + c, n) * factor * (p.offset + load(weight + c, n)), n);
+    });
+  }
+}
+
+// e^-(a + b) for a >= 0 and a b that is at most a rounding error of a. Cephes' polynomial; the two
+// halves of 2^n keep denormal results.
+inline Floats exp_minus(Floats a, Floats b) {
+  a = a > 105.0f ? splat(105.0f) : a;                     // e^-105 is 0 in float32
+  const Floats shifted = a * -1.44269504f + 12582912.0f;  // the low bits are the rounded integer
+  const Floats n = shifted - 12582912.0f;
+  const Floats r = ((-a - n * 0.693359375f) - n * -2.12194440e-4f) - b;
+  Floats p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const Floats e = p * (r * r) + r + 1.0f;
+  const Ints exponent = bit_cast<Ints>(shifted) - 0x4b400000, half = exponent >> 1;
+  return e * bit_cast<Floats>((half + 127) << 23) * bit_cast<Floats>((exponent - half + 127) << 23);
+}
+
+// A float64 vector as a float32 vector and what is left of it: exponents need the digits.
+struct Pair {
+  Floats high, low;
+};
+inline Pair split(Doubles x) {
+  x = x > 110.0 ? Doubles{} + 110.0 : x;
+  const Floats high = __builtin_convertvector(x, Floats);
+  return {high, __builtin_convertvector(x - __builtin_convertvector(high, Doubles), Floats)};
+}
+
+// x * sigmoid(y) for |y| = a + b with the sign of x.
+inline Floats times_sigmoid(Floats x, Floats a, Floats b) {
+  const Floats e = exp_minus(a, b);
+  return (x < 0.0f ? x * e : x) / (1.0f + e);
+}
+
+template <Activation kind>
+inline Floats activate(Floats x) {
+  if constexpr (kind == Activation::kSilu) {
+    return times_sigmoid(x, abs(x), Floats{});
+  } else if constexpr (kind == Activation::kGeluTanh) {
+    // (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+    const Doubles z = __builtin_convertvector(abs(x), Doubles);
+    const Pair y = split(z * (1.5957691216057308 + 0.07135481282052022 * (z * z)));
+    return times_sigmoid(x, y.high, y.low);
+  } else {
+    // x Phi(x); Phi(-z) = e^(-z^2 / 2) f(t) / (z + 4), t = (z - 4) / (z + 4): minimax fit of f to
+    // z = 14.5, relative error 6e-8. Behind that Phi(-z) z is 0 in float32.
+    Floats z = abs(x);
+    const Doubles wide = __builtin_convertvector(z, Doubles);
+    const Pair y = split(0.5 * (wide * wide));
+    z = z > 14.5f ? splat(14.5f) : z;
+    const Floats r = 1.0f / (z + 4.0f), t = (z - 4.0f) * r;
+    Floats f = splat(-1.319728383e-04f);
+    f = f * t + 1.793522928e-04f;
+    f = f * t + 1.569923309e-03f;
+    f = f * t + -3.512552671e-03f;
+    f = f * t + -7.525270960e-03f;
+    f = f * t + 6.040383080e-02f;
+    f = f * t + -1.865234415e-01f;
+    f = f * t + 3.871369011e-01f;
+    f = f * t + -6.078965883e-01f;
+    f = f * t + 7.552851354e-01f;
+    const Floats tail = exp_minus(y.high, y.low) * (f * r);
+    return x * (x < 0.0f ? tail : 1.0f - tail);
+  }
+}
+
+template <typename T, Activation kind>
+void gated_act(const GatedAct& p, const int64_t* widths, int64_t shards, int64_t begin,
+               int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
+    const T* gate = static_cast<const T*>(p.x) + t * p.x_token;
+    T* out = static_cast<T*>(p.out) + t * p.out_token;
+    for (int64_t s = 0; s < shards; ++s) {
+      const T* up = gate + widths[s];
+      for_columns(widths[s], [&](int64_t c, int64_t n) {
+        store(out + c, activate<kind>(load(gate + c, n)) * load(up + c, n), n);
+      });
+      gate += 2 * widths[s];
+      out += widths[s];
+    }
+  }
+}
+
+template <typename T>
+void gated_act_of(const GatedAct& p, const int64_t* widths, int64_t shards, int64_t begin,
+                  int64_t end) {
+  switch (p.activation) {
+    case Activation::kSilu: return gated_act<T, Activation::kSilu>(p, widths, shards, begin, end);
+    case Activation::kGelu: return gated_act<T, Activation::kGelu>(p, widths, shards, begin, end);
+    case Activation::kGeluTanh:
+      return gated_act<T, Activation::kGeluTanh>(p, widths, shards, begin, end);
+  }
+}
+
+// One head into a float8 cache: scale = amax / 448, 1 if that is 0.
+template <typename T>
+void write_float8(const T* from, int64_t width, uint8_t* to, float* scale) {
+  Floats largest{};
+  for_columns(width, [&](int64_t c, int64_t n) {
+    const Floats x = abs(load(from + c, n));
+    largest = x > largest ? x : largest;
+  });
+  const float amax = max(largest) / 448.0f;
+  *scale = amax > 0.0f ? amax : 1.0f;
+  const Floats divisor = splat(*scale);
+  for_columns(width, [&](int64_t c, int64_t n) {
+    const Bytes bytes = narrow_e4m3(load(from + c, n) / divisor);
+    __builtin_memcpy(to + c, &bytes, n);
+  });
+}
+
+// Where K and V of one slot lie.
+struct Slot {
+  char *k, *v;
+  float *k_scale, *v_scale;  // null unless float8
+};
+
+inline Slot find_slot(const KVCache& cache, int64_t slot, int64_t item) {
+  const int64_t page = slot / cache.block_size, token = slot % cache.block_size;
+  return {static_cast<char*>(cache.k) + (page * cache.k_page + token * cache.k_token) * item,
+          static_cast<char*>(cache.v) + (page * cache.v_page + token * cache.v_token) * item,
+          cache.k_scale ? cache.k_scale + page * cache.ks_page + token * cache.ks_token : nullptr,
+          cache.v_scale ? cache.v_scale + page * cache.vs_page + token * cache.vs_token : nullptr};
+}
+
+template <typename T>
+void write_float8_rows_of(const WriteKV& p, int64_t begin, int64_t end) {
+  const KVCache& cache = p.cache;
+  for (int64_t t = begin; t < end; ++t) {
+    if (p.slots[t] < 0) continue;
+    const Slot slot = find_slot(cache, p.slots[t], 1);
+    for (int64_t h = 0; h < cache.num_kv_heads; ++h) {
+      write_float8(static_cast<const T*>(p.k) + t * p.k_token + h * p.k_head, cache.k_dim,
+                   reinterpret_cast<uint8_t*>(slot.k) + h * cache.k_head, slot.k_scale + h);
+      write_float8(static_cast<const T*>(p.v) + t * p.v_token + h * p.v_head, cache.v_dim,
+                   reinterpret_cast<uint8_t*>(slot.v) + h * cache.v_head, slot.v_scale + h);
+    }
+  }
+}
+
+template <typename T>
+void read_float8_of(const uint8_t* from, float scale, T* to, int64_t count) {
+  for_columns(count, [&](int64_t c, int64_t n) {
+    Bytes bytes{};
+    __builtin_memcpy(&bytes, from + c, n);
+    store(to + c, widen_e4m3(bytes) * scale, n);
+  });
+}
+
+template <typename T>
+void copy_floats(const void* from, float* to, int64_t width) {
+  for_columns(width, [&](int64_t c, int64_t n) {
+    store(to + c, load(static_cast<const T*>(from) + c, n), n);
+  });
+}
+
+// One head of q or k: norm (weight null: none), rotation of the first rope_dim values.
+template <typename T>
+void norm_and_rotate(const RopeWriteKV& p, const T* from, const T* weight, float factor,
+                     const float* cos, const float* sin, float* head) {
+  if (weight) {
+    for_columns(p.head_dim, [&](int64_t c, int64_t n) {
+      store(head + c, load(from + c, n) * factor * (p.norm_offset + load(weight + c, n)), n);
+    });
+  } else {
+    copy_floats<T>(from, head, p.head_dim);
+  }
+  const int64_t half = p.rope_dim / 2;
+  for_columns(half, [&](int64_t c, int64_t n) {
+    const Floats a = load(head + c, n), b = load(head + half + c, n);
+    store(head + c, a * load(cos + c, n) - b * load(sin + c, n), n);
+    store(head + half + c, b * load(cos + half + c, n) + a * load(sin + half + c, n), n);
+  });
+}
+
+template <typename T>
+void rope_write_kv_rows_of(const RopeWriteKV& p, const int64_t* shard_heads, int64_t shards,
+                           float* scratch, int64_t begin, int64_t end) {
+  const KVCache& cache = p.cache;
+  const int64_t dim = p.head_dim, group = p.num_heads / cache.num_kv_heads;
+  const int64_t item = cache.k_scale ? 1 : sizeof(T);
+  const T *q_norm = static_cast<const T*>(p.q_norm), *k_norm = static_cast<const T*>(p.k_norm);
+  float *cos = scratch, *sin = cos + p.rope_dim, *head = sin + p.rope_dim;
+  for (int64_t t = begin; t < end; ++t) {
+    const T* row = static_cast<const T*>(p.qkv) + t * p.qkv_token;
+    T* q = static_cast<T*>(p.q) + t * p.q_token;
+    const bool write = p.slots[t] >= 0;
+    const Slot slot = write ? find_slot(cache, p.slots[t], item) : Slot{};
+    if (p.rope_dim && p.rope_float) {
+      copy_floats<float>(static_cast<const float*>(p.cos) + t * p.cos_token, cos, p.rope_dim);
+      copy_floats<float>(static_cast<const float*>(p.sin) + t * p.sin_token, sin, p.rope_dim);
+    } else if (p.rope_dim) {
+      copy_floats<T>(static_cast<const T*>(p.cos) + t * p.cos_token, cos, p.rope_dim);
+      copy_floats<T>(static_cast<const T*>(p.sin) + t * p.sin_token, sin, p.rope_dim);
+    }
+    float q_factor = 1, k_factor = 1;
+    if (p.norm_whole) {  // over the heads of all shards, before any of them is scaled
+      float q_squares = 0, k_squares = 0;
+      const T* block = row;
+      for (int64_t s = 0; s < shards; ++s) {
+        const int64_t kv = shard_heads[s] * dim;
+        q_squares += sum_of_squares(block, kv * group);
+        k_squares += sum_of_squares(block + kv * group, kv);
+        block += kv * (group + 2);
+      }
+      q_factor = inverse_rms(q_squares, p.num_heads * dim, p.eps);
+      k_factor = inverse_rms(k_squares, cache.num_kv_heads * dim, p.eps);
+    }
+    const auto finish = [&](const T* from, const T* norm, int64_t h, float factor) {
+      const T* weight = norm && p.norm_whole ? norm + h * dim : norm;
+      if (norm && !p.norm_whole) factor = inverse_rms(sum_of_squares(from, dim), dim, p.eps);
+      norm_and_rotate(p, from, weight, factor, cos, sin, head);
+    };
+    int64_t q_head = 0, kv_head = 0;
+    for (int64_t s = 0; s < shards; ++s) {
+      for (int64_t i = 0; i < shard_heads[s] * group; ++i, ++q_head, row += dim) {
+        finish(row, q_norm, q_head, q_factor);
+        for_columns(dim, [&](int64_t c, int64_t n) {
+          store(q + q_head * p.q_head + c, load(head + c, n), n);
+        });
+      }
+      const T *k = row, *v = k + shard_heads[s] * dim;
+      row = v + shard_heads[s] * dim;
+      for (int64_t i = 0; write && i < shard_heads[s]; ++i, ++kv_head, k += dim, v += dim) {
+        finish(k, k_norm, kv_head, k_factor);
+        char* k_out = slot.k + kv_head * cache.k_head * item;
+        char* v_out = slot.v + kv_head * cache.v_head * item;
+        if (cache.k_scale) {
+          write_float8(head, dim, reinterpret_cast<uint8_t*>(k_out), slot.k_scale + kv_head);
+          write_float8(v, dim, reinterpret_cast<uint8_t*>(v_out), slot.v_scale + kv_head);
+        } else {
+          for_columns(dim, [&](int64_t c, int64_t n) {
+            store(reinterpret_cast<T*>(k_out) + c, load(head + c, n), n);
+          });
+          __builtin_memcpy(v_out, v, dim * sizeof(T));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void rms_norm_rows(const RmsNorm& p, int64_t begin, int64_t end) {
+  if (p.dtype == ScalarType::Float) return rms_norm<float>(p, begin, end);
+  if (p.dtype == ScalarType::BFloat16) return rms_norm<BF16>(p, begin, end);
+  return rms_norm<F16>(p, begin, end);
+}
+
+void gated_act_rows(const GatedAct& p, const int64_t* widths, int64_t shards, int64_t begin,
+                    int64_t end) {
+  if (p.dtype == ScalarType::Float) return gated_act_of<float>(p, widths, shards, begin, end);
+  if (p.dtype == ScalarType::BFloat16) return gated_act_of<BF16>(p, widths, shards, begin, end);
+  return gated_act_of<F16>(p, widths, shards, begin, end);
+}
+
+void rope_write_kv_rows(const RopeWriteKV& p, const int64_t* heads, int64_t shards, float* scratch,
+                        int64_t begin, int64_t end) {
+  if (p.dtype == ScalarType::Float) {
+    return rope_write_kv_rows_of<float>(p, heads, shards, scratch, begin, end);
+  }
+  if (p.dtype == ScalarType::BFloat16) {
+    return rope_write_kv_rows_of<BF16>(p, heads, shards, scratch, begin, end);
+  }
+  return rope_write_kv_rows_of<F16>(p, heads, shards, scratch, begin, end);
+}
+
+void write_float8_rows(const WriteKV& p, int64_t begin, int64_t end) {
+  if (p.dtype == ScalarType::Float) return write_float8_rows_of<float>(p, begin, end);
+  if (p.dtype == ScalarType::BFloat16) return write_float8_rows_of<BF16>(p, begin, end);
+  return write_float8_rows_of<F16>(p, begin, end);
+}
+
+void read_float8(const void* from, float scale, void* to, ScalarType dtype, int64_t count) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(from);
+  if (dtype == ScalarType::Float) {
+    return read_float8_of(bytes, scale, static_cast<float*>(to), count);
+  }
+  if (dtype == ScalarType::BFloat16) {
+    return read_float8_of(bytes, scale, static_cast<BF16*>(to), count);
+  }
+  return read_float8_of(bytes, scale, static_cast<F16*>(to), count);
+}
+
+}  // namespace TORCH_PD_ISA
+}  // namespace torch_pd
