@@ -1,0 +1,118 @@
+// What every CUDA body needs: the current stream and device, launch checks, and the device-side
+// error flag. No torch CUDA library is linked, so that this library also loads beside a CPU torch.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cstdint>
+
+#include "../check.h"
+
+// Lives in libtorch_cuda, which a CPU torch lacks: weak, and looked at only when an op runs.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                            void** stream);
+
+namespace torch_pd {
+
+inline void check_cuda(const char* op, cudaError_t error, const char* what) {
+  TPD_CHECK(op, error == cudaSuccess, what, ": ", cudaGetErrorName(error), ", ",
+            cudaGetErrorString(error));
+}
+
+struct DeviceInfo {
+  int capability;  // major * 10 + minor
+  int num_sms;
+  int max_shared;  // bytes of shared memory that one block may ask for
+};
+
+inline const DeviceInfo& device_info(const char* op, int device) {
+  constexpr int kMaxDevices = 64;
+  static DeviceInfo infos[kMaxDevices];  // capability 0: not yet read; racing writers agree
+  TPD_CHECK(op, device >= 0 && device < kMaxDevices, "CUDA device index ", device, " is above ",
+            kMaxDevices - 1);
+  DeviceInfo& info = infos[device];
+  if (info.capability == 0) {
+    int major = 0, minor = 0;
+    const auto read = [&](int* value, cudaDeviceAttr attribute) {
+      check_cuda(op, cudaDeviceGetAttribute(value, attribute, device), "cudaDeviceGetAttribute");
+    };
+    read(&major, cudaDevAttrComputeCapabilityMajor);
+    read(&minor, cudaDevAttrComputeCapabilityMinor);
+    read(&info.num_sms, cudaDevAttrMultiProcessorCount);
+    read(&info.max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    info.capability = major * 10 + minor;
+  }
+  TPD_CHECK(op, info.capability >= 80, "needs compute capability 8.0 or later, cuda:", device,
+            " has ", info.capability / 10, ".", info.capability % 10);
+  return info;
+}
+
+// Makes the tensor's device current for its lifetime and holds torch's current stream there.
+class Launch {
+ public:
+  Launch(const char* op, const Tensor& t)
+      : op(op), device(t.get_device_index()), guard_(device), info(device_info(op, device)) {
+    TPD_CHECK(op, aoti_torch_get_current_cuda_stream != nullptr,
+              "this torch has no CUDA: install a CUDA build of torch");
+    void* current = nullptr;
+    TPD_CHECK(op, aoti_torch_get_current_cuda_stream(device, &current) == 0,
+              "torch gave no current stream for cuda:", device);
+    stream = static_cast<cudaStream_t>(current);
+  }
+
+  // After each launch: a wrong launch is reported here, by op, not at some later call.
+  void check() const { check_cuda(op, cudaGetLastError(), "kernel launch"); }
+
+  // cudaFuncSetAttribute for kernels that use more than 48 KiB of dynamic shared memory.
+  template <typename Kernel>
+  void allow_shared(Kernel* kernel, int bytes) const {
+    TPD_CHECK(op, bytes <= info.max_shared, "needs ", bytes, " bytes of shared memory a block, ",
+              "cuda:", device, " has ", info.max_shared);
+    if (bytes <= 48 * 1024) return;
+    check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+               "cudaFuncSetAttribute");
+  }
+
+  const char* const op;
+  const int device;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+
+ public:
+  const DeviceInfo& info;
+  cudaStream_t stream;
+};
+
+// What a kernel found in an index tensor. The access was dropped.
+enum DeviceError : int32_t {
+  kBadPage = 1,    // block table entry: page beyond its pool
+  kBadPlace = 2,   // block table entry: place beyond the table of places
+  kBadLength = 3,  // seq_lens, query_start or kv_start: outside the tables or tensors
+  kBadSlot = 4,    // slots: beyond the pool
+  kBadMove = 5,    // moves: page beyond its pool
+};
+
+// Which op found it.
+enum DeviceOp : int32_t {
+  kPagedAttention = 1,
+  kWriteKV = 2,
+  kGatherKV = 3,
+  kCopyPages = 4,
+  kRopeWriteKV = 5,
+};
+
+// The flag of one device: int32 [4] = {count, DeviceOp, DeviceError, value}; op, error and value
+// are those of the first find since the flag was cleared. Allocated once (errors.cu).
+int32_t* error_flag(const char* op, int device);
+
+__device__ inline void raise_flag(int32_t* flag, DeviceOp op, DeviceError error, int32_t value) {
+  if (atomicAdd(flag, 1) == 0) {
+    flag[1] = op;
+    flag[2] = error;
+    flag[3] = value;
+  }
+}
+
+}  // namespace torch_pd
