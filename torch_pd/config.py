@@ -1,59 +1,230 @@
 """EngineConfig: every setting of the engine in one frozen dataclass."""
 
 import dataclasses
+import difflib
+import math
+import operator
+import types
+import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 
-def _option(default: Any, help: str, choices: tuple | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str, choices: tuple | None = None, bounds: str | None = None) -> Any:
+    """A dataclass field with its help line, its allowed values, and its range as in "(0, 1]"."""
+    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
 
 
-@dataclass(frozen=True)
+def check_names(kind: str, valid: Iterable[str], given: Iterable[str]) -> None:
+    """Raises TypeError naming the first of ``given`` that is not ``valid`` and the closest valid
+    name."""
+    valid = list(valid)
+    for name in given:
+        if name not in valid:
+            close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(valid)}"
+            raise TypeError(f"{kind} has no field {name!r}; {hint}")
+
+
+def as_int(name: str, value: Any) -> int:
+    """``value`` as an int (NumPy integers included); TypeError for anything else, bool too."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    return operator.index(value)
+
+
+def as_float(name: str, value: Any) -> float:
+    """``value`` as a float; TypeError for no number (bool too), ValueError if not finite."""
+    if isinstance(value, bool) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    return value
+
+
+def check_fields(settings: Any) -> None:
+    """Checks the fields of a dataclass made with `option` against annotation, choices and bounds,
+    and stores integers and floats as such (1 given for a float becomes 1.0).
+
+    Fields whose annotation holds something else than int, float, bool, str, a tuple of int or None
+    are left to the caller.
+
+    Raises:
+        TypeError, ValueError: naming the field, the value and what is allowed.
+    """
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        kinds = _kinds(f.type)
+        if kinds is None or (value is None and type(None) in kinds):
+            continue
+        if bool in kinds:
+            if not isinstance(value, bool):
+                raise TypeError(f"{f.name} must be True or False, got {value!r}")
+        elif float in kinds:
+            value = as_float(f.name, value)
+        elif int in kinds:
+            value = as_int(f.name, value)
+        elif tuple in kinds:
+            if not isinstance(value, list | tuple):
+                raise TypeError(f"{f.name} must be a list of ints, got {value!r}")
+            value = tuple(as_int(f"{f.name}[{i}]", item) for i, item in enumerate(value))
+        elif not isinstance(value, str):
+            raise TypeError(f"{f.name} must be a str, got {value!r} ({type(value).__name__})")
+        choices, bounds = f.metadata["choices"], f.metadata["bounds"]
+        if choices is not None and value not in choices:
+            allowed = ", ".join(map(repr, choices))
+            raise ValueError(f"{f.name} must be one of {allowed}; got {value!r}")
+        if bounds is not None:
+            for item in value if isinstance(value, tuple) else (value,):
+                _check_bounds(f.name, item, bounds)
+        object.__setattr__(settings, f.name, value)
+
+
+def _kinds(annotation: Any) -> set[type] | None:
+    members = (
+        typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    )
+    kinds = {typing.get_origin(member) or member for member in members}
+    return kinds if kinds <= {int, float, bool, str, tuple, type(None)} else None
+
+
+def _check_bounds(name: str, value: float, bounds: str) -> None:
+    low, high = (float(part) for part in bounds[1:-1].split(","))
+    above = value > low or (value == low and bounds[0] == "[")
+    below = value < high or (value == high and bounds[-1] == "]")
+    if not (above and below):
+        if high == math.inf:
+            allowed = f"{'>=' if bounds[0] == '[' else '>'} {low:g}"
+        else:
+            allowed = f"in {bounds}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+_AVAILABLE: Mapping[str, tuple] = {
+    "quantization": (None,),
+    "kv_cache_dtype": ("auto",),
+    "host_kv_gib": (0.0,),
+    "disk_kv_gib": (0.0,),
+    "disk_kv_path": (None,),
+    "data_parallel_size": (1,),
+    "weights": ("auto", "resident"),
+    "weight_layout": ("shard",),
+    "weight_replicas": (1,),
+    "remote_mode": ("auto",),
+    "ring_gib": (None,),
+    "param_ranks": (None,),
+    "data_ranks": (None,),
+}
+"""Fields of which only these values are built so far; a row goes when its feature comes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Settings of one engine; the command line's flags are derived from these fields.
 
+    Names are vLLM's where the meaning is vLLM's. Sizes in GiB are 2**30 bytes.
+
     Raises:
-        ValueError: a value is out of range, or has no meaning where it is set; the message gives
-            the value, what is allowed, and what to change.
-        TypeError: a value of the wrong type.
+        ValueError: a value is out of range, has no meaning where it is set, or is not available in
+            this version; the message gives the value and what is allowed.
+        TypeError: a value of the wrong type (`from_kwargs` also: an unknown name).
     """
 
-    device: str = _option("auto", "where to run", ("auto", "cuda", "cpu"))
-    dtype: str = _option(
+    device: str = option("auto", "where to run", ("auto", "cuda", "cpu"))
+    dtype: str = option(
         "auto",
         "weights and KV cache; auto: the checkpoint's, bfloat16 for dummy",
         ("auto", "float32", "bfloat16", "float16"),
     )
-    load_format: str = _option(
+    load_format: str = option(
         "auto", "how weights are read", ("auto", "safetensors", "gguf", "dummy")
     )
-    quantization: str | None = _option(None, "quantised weights (none yet)")
-    seed: int = _option(0, "seed of requests that have none of their own")
-    max_model_len: int | None = _option(None, "longest sequence in tokens; default the model's")
-    block_size: int = _option(16, "tokens of a KV page", (16, 32, 64))
-    max_num_seqs: int = _option(1024, "sequences running at once")
-    max_num_batched_tokens: int = _option(8192, "tokens of one step")
-    enable_prefix_caching: bool = _option(True, "share the KV pages of equal prefixes")
-    enforce_eager: bool = _option(False, "no CUDA graphs")
-    gpu_memory_utilization: float | None = _option(
-        None, "share of the GPU's total memory to use; default 0.9"
+    quantization: str | None = option(None, "quantised weights (none yet)")
+    seed: int = option(
+        0, "seed of requests that have none of their own", bounds="[0, 18446744073709551615]"
     )
-    kv_cache_gib: float | None = _option(
+    max_model_len: int | None = option(
+        None, "longest sequence in tokens; default the model's", bounds="[1, inf)"
+    )
+    block_size: int = option(16, "tokens of a KV page", (16, 32, 64))
+    max_num_seqs: int = option(1024, "sequences running at once", bounds="[1, inf)")
+    max_num_batched_tokens: int = option(8192, "tokens of one step", bounds="[1, inf)")
+    enable_prefix_caching: bool = option(True, "share the KV pages of equal prefixes")
+    enforce_eager: bool = option(False, "no CUDA graphs")
+    gpu_memory_utilization: float | None = option(
+        None, "share of the GPU's total memory to use; default 0.9", bounds="(0, 1]"
+    )
+    kv_cache_gib: float | None = option(
         None,
         "GiB of KV pages; default: what is left on a GPU, on CPU the smaller of 4 GiB and 40% of "
         "available memory",
+        bounds="(0, inf)",
     )
-    kv_cache_dtype: str = _option("auto", "precision of KV pages", ("auto", "fp8"))
-    host_kv_gib: float = _option(0.0, "GiB of pinned host memory for KV pages")
-    disk_kv_gib: float = _option(0.0, "GiB of disk for KV pages")
-    disk_kv_path: str | None = _option(None, "folder for KV pages on disk")
-    data_parallel_size: int = _option(1, "ranks to spawn")
-    weights: str = _option("auto", "where weights live", ("auto", "resident", "pooled"))
-    weight_layout: str = _option("shard", "how pooled weights are split", ("shard", "layer"))
-    weight_replicas: int = _option(1, "ranks that hold each shard")
-    remote_mode: str = _option("auto", "how pooled weights are used", ("auto", "stream", "ship"))
-    ring_gib: float | None = _option(None, "GiB of the ring cache of streamed weights")
-    param_ranks: tuple[int, ...] | None = _option(None, "ranks that hold weights")
-    data_ranks: tuple[int, ...] | None = _option(None, "ranks that hold KV pages")
+    kv_cache_dtype: str = option("auto", "precision of KV pages", ("auto", "fp8"))
+    host_kv_gib: float = option(0.0, "GiB of pinned host memory for KV pages", bounds="[0, inf)")
+    disk_kv_gib: float = option(0.0, "GiB of disk for KV pages", bounds="[0, inf)")
+    disk_kv_path: str | None = option(None, "folder for KV pages on disk")
+    data_parallel_size: int = option(1, "ranks to spawn", bounds="[1, inf)")
+    weights: str = option("auto", "where weights live", ("auto", "resident", "pooled"))
+    weight_layout: str = option("shard", "how pooled weights are split", ("shard", "layer"))
+    weight_replicas: int = option(1, "ranks that hold each shard", bounds="[1, inf)")
+    remote_mode: str = option("auto", "how pooled weights are used", ("auto", "stream", "ship"))
+    ring_gib: float | None = option(
+        None, "GiB of the ring cache of streamed weights", bounds="(0, inf)"
+    )
+    param_ranks: tuple[int, ...] | None = option(None, "ranks that hold weights", bounds="[0, inf)")
+    data_ranks: tuple[int, ...] | None = option(None, "ranks that hold KV pages", bounds="[0, inf)")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, available in _AVAILABLE.items():
+            value = getattr(self, name)
+            if value not in available:
+                only = " and ".join(map(repr, available))
+                raise ValueError(
+                    f"{name}={value!r} is not available in this version "
+                    f"(only {only} {'is' if len(available) == 1 else 'are'})"
+                )
+        if self.device == "cpu":
+            self._check_cpu()
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> "EngineConfig":
+        """The config of these fields; an unknown name is a TypeError with the closest field."""
+        check_names(cls.__name__, (f.name for f in dataclasses.fields(cls)), kwargs)
+        return cls(**kwargs)
+
+    def resolve_device(self, cuda_available: bool) -> str:
+        """The device to run on, "cuda" or "cpu"; "auto" takes the GPU if there is one.
+
+        Args:
+            cuda_available: a GPU is there and the CUDA ops are built (the caller looks, so
+                that this module needs no torch).
+
+        Raises:
+            ValueError: "cuda" is asked for but not available, or a field that only a GPU gives
+                meaning to is set and the device is the CPU.
+        """
+        if self.device == "cuda" and not cuda_available:
+            raise ValueError(
+                "device='cuda' is not available: it needs an NVIDIA GPU, a CUDA build of torch and "
+                "of torch_pd; use device='cpu' or 'auto'"
+            )
+        if self.device == "cuda" or (self.device == "auto" and cuda_available):
+            return "cuda"
+        self._check_cpu()
+        return "cpu"
+
+    @property
+    def gpu_memory_share(self) -> float:
+        """gpu_memory_utilization with its default filled in."""
+        return 0.9 if self.gpu_memory_utilization is None else self.gpu_memory_utilization
+
+    def _check_cpu(self) -> None:
+        if self.gpu_memory_utilization is not None:
+            raise ValueError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} has no meaning on the CPU; "
+                "leave it out, and set kv_cache_gib to size the KV cache"
+            )
