@@ -91,12 +91,12 @@ def _kinds(annotation: Any) -> set[type] | None:
 
 
 def _check_bounds(name: str, value: float, bounds: str) -> None:
-    low, high = (float(part) for part in bounds[1:-1].split(","))
+    low, high = (math.inf if part == "inf" else int(part) for part in bounds[1:-1].split(", "))
     above = value > low or (value == low and bounds[0] == "[")
     below = value < high or (value == high and bounds[-1] == "]")
     if not (above and below):
         if high == math.inf:
-            allowed = f"{'>=' if bounds[0] == '[' else '>'} {low:g}"
+            allowed = f"{'>=' if bounds[0] == '[' else '>'} {low}"
         else:
             allowed = f"in {bounds}"
         raise ValueError(f"{name} must be {allowed}, got {value}")
