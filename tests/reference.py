@@ -1,5 +1,9 @@
 """Plain torch references of the ops, in float64 unless said otherwise."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,3 +29,199 @@ def ref_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x [M, K] @ weight [N, K].T + bias [N]``."""
     out = x.double() @ weight.double().T
     return out if bias is None else out + bias.double()
+
+
+# --- paged KV and fused ops ---
+
+
+@dataclass
+class Pool:
+    """A KV pool ``[P, L, 2, B, Hkv, D]`` (float8: scales behind the data) full of guard values."""
+
+    memory: Tensor
+    """uint8 [P, bytes of a page record]: all that a faulty write inside the pool could change."""
+    data: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    """float32 [P, L, B, Hkv], float8 only."""
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """One layer's ``k_cache, v_cache [P, B, Hkv, D]``."""
+        return self.data[:, layer, 0], self.data[:, layer, 1]
+
+    def scales(self, layer: int) -> dict[str, Tensor]:
+        """One layer's ``k_scale, v_scale [P, B, Hkv]`` as keyword arguments, empty if no float8."""
+        if self.k_scale is None:
+            return {}
+        return {"k_scale": self.k_scale[:, layer], "v_scale": self.v_scale[:, layer]}
+
+    def clone(self) -> "Pool":
+        return _pool_views(self.memory.clone(), self.data.shape, self.data.dtype)
+
+
+def _pool_views(memory: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Pool:
+    size = math.prod(shape[1:]) * dtype.itemsize
+    data = memory[:, :size].view(dtype).unflatten(1, tuple(shape[1:]))
+    if dtype != torch.float8_e4m3fn:
+        return Pool(memory, data, None, None)
+    scales = memory[:, size:].view(torch.float32).unflatten(1, tuple(shape[1:5]))
+    return Pool(memory, data, scales[:, :, 0], scales[:, :, 1])
+
+
+def make_pool(
+    num_pages: int,
+    num_layers: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    generator: torch.Generator | None = None,
+) -> Pool:
+    """A pool of normally distributed values; float8 scales are positive."""
+    shape = (num_pages, num_layers, 2, block_size, num_kv_heads, head_dim)
+    size = math.prod(shape[1:]) * dtype.itemsize
+    if dtype == torch.float8_e4m3fn:
+        size += math.prod(shape[1:5]) * 4
+    pool = _pool_views(torch.zeros(num_pages, size, dtype=torch.uint8), shape, dtype)
+    pool.data.copy_(torch.randn(shape, generator=generator).to(dtype))
+    for scale in (pool.k_scale, pool.v_scale):
+        if scale is not None:
+            scale.copy_(torch.rand(scale.shape, generator=generator) + 0.1)
+    return pool
+
+
+def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x [..., D]`` as float8 and its scales float32 ``[...]``: amax / 448, 1 for a row of 0."""
+    scale = x.float().abs().amax(-1) / 448
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (x.float() / scale[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def ref_write_kv(k: Tensor, v: Tensor, pool: Pool, layer: int, slots: Tensor) -> None:
+    block_size = pool.data.shape[3]
+    for t, slot in enumerate(slots.tolist()):
+        if slot < 0:
+            continue
+        page, token = divmod(slot, block_size)
+        for which, x, scale in ((0, k[t], pool.k_scale), (1, v[t], pool.v_scale)):
+            if scale is not None:
+                x, scale[page, layer, token] = quantize_e4m3(x)
+            pool.data[page, layer, which, token] = x
+
+
+def ref_gather_kv(
+    pools: Sequence[Pool], layer: int, block_tables: Tensor, seq_lens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``k, v float32 [sum(seq_lens), Hkv, D]``; ``pools[place]`` resolves the entries."""
+    out = []
+    block_size = pools[0].data.shape[3]
+    for table, length in zip(block_tables.tolist(), seq_lens.tolist(), strict=True):
+        for position in range(length):
+            entry = table[position // block_size]
+            pool, page = pools[entry >> PLACE_SHIFT], entry & PAGE_MASK
+            token = position % block_size
+            pair = pool.data[page, layer, :, token].float()
+            if pool.k_scale is not None:
+                scale = torch.stack(
+                    [pool.k_scale[page, layer, token], pool.v_scale[page, layer, token]]
+                )
+                pair = pair * scale[..., None]
+            out.append(pair)
+    if not out:
+        empty = torch.empty(0, *pools[0].data.shape[4:])
+        return empty, empty
+    stacked = torch.stack(out)
+    return stacked[:, 0], stacked[:, 1]
+
+
+def ref_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:
+    """float64 norm and the new residual (in its dtype) that it was computed from."""
+    if residual is not None:
+        residual = (residual.float() + scale * x.float()).to(x.dtype)
+        x = residual
+    wide = x.double()
+    norm = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return norm * (offset + weight.double()), residual
+
+
+def ref_activation(x: Tensor, name: str) -> Tensor:
+    """float64, accurate in the tails as well."""
+    x = x.double()
+    if name == "silu":
+        return x * torch.sigmoid(x)
+    if name == "gelu":
+        return 0.5 * x * torch.special.erfc(-x / math.sqrt(2))
+    assert name == "gelu_tanh"
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
+def split_shards(x: Tensor, widths: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Merged columns ``a0 b0 .. a1 b1 ..`` -> ``[a, b, ..]``; ``widths[s]`` of shard s."""
+    parts: list[list[Tensor]] = [[] for _ in widths[0]]
+    start = 0
+    for shard in widths:
+        for part, width in zip(parts, shard, strict=True):
+            part.append(x[:, start : start + width])
+            start += width
+    assert start == x.shape[1]
+    return [torch.cat(part, 1) for part in parts]
+
+
+def ref_rope(
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_offset: float = 0.0,
+    shard_heads: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q ``[T, H, D]``, k, v ``[T, Hkv, D]`` in float64, before any rounding."""
+    group, dim = num_heads // num_kv_heads, qkv.shape[1] // (num_heads + 2 * num_kv_heads)
+    shards = [num_kv_heads] if shard_heads is None else shard_heads
+    parts = split_shards(qkv.double(), [(n * group * dim, n * dim, n * dim) for n in shards])
+    q, k, v = (part.unflatten(1, (-1, dim)) for part in parts)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        if weight.numel() == dim:
+            return ref_rms_norm(x, weight, eps, offset=norm_offset)[0]
+        return ref_rms_norm(x.flatten(1), weight, eps, offset=norm_offset)[0].view_as(x)
+
+    def rotate(x: Tensor) -> Tensor:
+        width = cos.shape[1]
+        part = x[..., :width]
+        half = torch.cat([-part[..., width // 2 :], part[..., : width // 2]], -1)
+        turned = part * cos.double()[:, None] + half * sin.double()[:, None]
+        return torch.cat([turned, x[..., width:]], -1)
+
+    if q_norm is not None:
+        q, k = norm(q, q_norm), norm(k, k_norm)
+    if cos is not None:
+        q, k = rotate(q), rotate(k)
+    return q, k, v
+
+
+def assert_rounded(actual: Tensor, expected: Tensor, float32_error: float = 2e-6) -> None:
+    """``actual`` is ``expected`` (float64) up to one rounding and float32 arithmetic.
+
+    ``float32_error`` is relative to the largest magnitude of the row.
+    """
+    assert not actual.isnan().any()
+    half_step = torch.finfo(actual.dtype).eps / 2
+    # Below the smallest normal number steps do not shrink any more.
+    tiny = torch.finfo(actual.dtype).smallest_normal * half_step * 2
+    largest = expected.abs().amax(-1, keepdim=True) if expected.numel() else expected
+    allowed = expected.abs() * half_step + largest * float32_error + tiny
+    worst = ((actual.double() - expected).abs() - allowed).max() if expected.numel() else -1
+    assert worst <= 0, f"off by {worst} more than allowed"
