@@ -99,7 +99,7 @@ inline Floats activate(Floats x) {
   } else if constexpr (kind == Activation::kGeluTanh) {
     // (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
     const Doubles z = __builtin_convertvector(abs(x), Doubles);
-    const Pair y = split(z * (1.5957691216057308 + 0.07135481282052022 * (z * z)));
+    const Pair y = split(z * (1.5957691216057308 + 0.07135481627260025 * (z * z)));
     return times_sigmoid(x, y.high, y.low);
   } else {
     // x Phi(x); Phi(-z) = e^(-z^2 / 2) f(t) / (z + 4), t = (z - 4) / (z + 4): minimax fit of f to
