@@ -1,0 +1,356 @@
+"""Sampler: chooses the next token of every sequence from its logits.
+
+The order is vLLM V1's: raw log-probabilities (for reporting), logit_bias, min_tokens, penalties;
+then greedy rows take the best token, and the others go through temperature, min_p, top_k, top_p and
+the draw.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torch_pd.engine.draw import UNDECIDED, Draws, best, draw, draw_filtered, ranked, uniforms
+from torch_pd.request import Logprob, SamplingParams
+
+CANDIDATES = 1024
+"""Tokens that top_p looks at before it sorts the whole vocabulary."""
+SLICE = 64
+"""Rows handled at once where a whole sorted vocabulary is held for each."""
+
+
+class TokenCounts:
+    """The distinct tokens of one sequence and how often each is in its output, kept token by token
+    so that penalties never count anew."""
+
+    def __init__(self, prompt_ids: Iterable[int] = ()):
+        self._place = {token: place for place, token in enumerate(dict.fromkeys(prompt_ids))}
+        self._size = len(self._place)
+        capacity = self._size + 64
+        self._tokens = np.zeros(capacity, dtype=np.int64)
+        self._tokens[: self._size] = list(self._place)
+        self._counts = np.zeros(capacity, dtype=np.int64)
+
+    def append(self, token: int) -> None:
+        """Counts one more output token."""
+        place = self._place.setdefault(token, self._size)
+        if place == self._size:
+            if self._size == len(self._tokens):
+                self._tokens = np.concatenate((self._tokens, np.zeros_like(self._tokens)))
+                self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+            self._tokens[place] = token
+            self._size += 1
+        self._counts[place] += 1
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int64 [m], each token once."""
+        return self._tokens[: self._size]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 [m], 0 for tokens that only the prompt has."""
+        return self._counts[: self._size]
+
+
+class SamplingRow:
+    """What the sampler needs to know of one running sequence; lives as long as the sequence.
+
+    Args:
+        params: of the request; ids in it lie inside the vocabulary (`check_vocabulary`).
+        prompt_ids: token ids of the prompt.
+        seed: of the request, its own or `draw.derive_seed`.
+        index: which of the request's n sequences this is.
+        request_id: named in errors.
+    """
+
+    __slots__ = ("counts", "index", "params", "plain", "position", "request_id", "seed")
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        *,
+        seed: int,
+        index: int = 0,
+        request_id: str = "",
+    ):
+        self.params = params
+        self.seed = seed & (1 << 64) - 1
+        self.index = index
+        self.request_id = request_id
+        self.position = 0
+        """Output tokens so far."""
+        self.counts: TokenCounts | None = None
+        if params.penalised:
+            # Presence and frequency look at the output only.
+            self.counts = TokenCounts(prompt_ids if params.repetition_penalty != 1.0 else ())
+        self.plain = (
+            (params.greedy or params.top_k == 1)
+            and self.counts is None
+            and not params.logit_bias
+            and params.min_tokens == 0
+            and params.logprobs is None
+        )
+        """True if the best token of the raw logits is all that is wanted."""
+
+    def append(self, token: int) -> None:
+        """Tells the row its next output token."""
+        self.position += 1
+        if self.counts is not None:
+            self.counts.append(token)
+
+
+@dataclass(slots=True)
+class SamplerOutput:
+    """The chosen tokens of one step."""
+
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob] | None]
+    """For each row that asked: the chosen token first, then the best ones; else None."""
+
+
+class Sampler:
+    """Samples rows of logits.
+
+    Args:
+        vocab_size: tokens that may be chosen; further columns of the logits are padding.
+        eos_token_ids: tokens that end a text; forbidden, with stop_token_ids, before min_tokens.
+    """
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int] = ()):
+        self.vocab_size = vocab_size
+        self.eos_token_ids = tuple(eos_token_ids)
+
+    def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SamplerOutput:
+        """Chooses one token for each row; waits for the device once (twice if top_p needs a sort).
+
+        Args:
+            logits: [n, V >= vocab_size]; overwritten if float32.
+            rows: n rows; the caller appends the tokens to them.
+
+        Raises:
+            RuntimeError: a row of logits holds NaN or +inf, or nothing but -inf.
+        """
+        logits = self._checked(logits, len(rows))
+        reported = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        raw = logits[_index(reported, logits)] if reported else None
+        if all(row.plain for row in rows):
+            peak, chosen = best(logits)
+            drawn: list[_Group] = []
+        else:
+            self._bias(logits, rows)
+            self._forbid_stops(logits, rows)
+            _penalise(logits, rows)
+            peak, chosen = best(logits)
+            drawn = _groups(logits, peak, rows)
+            for part in drawn:
+                chosen[part.index] = part.first()
+        tokens = torch.where(peak.isfinite(), chosen, -1).tolist()
+        for i, token in enumerate(tokens):
+            if token == -1:
+                raise RuntimeError(
+                    f"the logits of row {i} (request {rows[i].request_id!r}) hold NaN or infinity, "
+                    "or allow no token"
+                )
+        for part in drawn:
+            part.finish(tokens)
+        logprobs: list[dict[int, Logprob] | None] = [None] * len(rows)
+        if raw is not None:
+            counts = [rows[i].params.logprobs or 0 for i in reported]
+            reports = report(raw, [tokens[i] for i in reported], counts)
+            for i, entry in zip(reported, reports, strict=True):
+                logprobs[i] = entry
+        return SamplerOutput(tokens, logprobs)
+
+    def prompt_logprobs(
+        self, logits: Tensor, next_ids: Sequence[int], count: int
+    ) -> list[dict[int, Logprob]]:
+        """Log-probabilities of prompt tokens: ``logits [T, V]`` at T prompt positions, ``next_ids``
+        the T tokens that follow them, ``count`` best tokens beside each (-1: all)."""
+        logits = self._checked(logits, len(next_ids))
+        result = []
+        for start in range(0, len(next_ids), SLICE):
+            part = slice(start, start + SLICE)
+            ids = next_ids[part]
+            result += report(logits[part], ids, [count] * len(ids))
+        return result
+
+    def _checked(self, logits: Tensor, num_rows: int) -> Tensor:
+        if logits.dim() != 2 or logits.shape[0] != num_rows or logits.shape[1] < self.vocab_size:
+            raise ValueError(
+                f"logits must be [{num_rows}, at least {self.vocab_size}], got {list(logits.shape)}"
+            )
+        return logits[:, : self.vocab_size].float()
+
+    def _bias(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+        entries = [
+            (i, token, bias)
+            for i, row in enumerate(rows)
+            if row.params.logit_bias
+            for token, bias in row.params.logit_bias.items()
+        ]
+        if entries:
+            row_ids, tokens, bias = zip(*entries, strict=True)
+            at = (_index(row_ids, logits), _index(tokens, logits))
+            logits[at] += torch.tensor(bias, device=logits.device)
+
+    def _forbid_stops(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+        entries = [
+            (i, token)
+            for i, row in enumerate(rows)
+            if row.position < row.params.min_tokens
+            for token in (*self.eos_token_ids, *row.params.stop_ids)
+        ]
+        if entries:
+            row_ids, tokens = zip(*entries, strict=True)
+            logits[_index(row_ids, logits), _index(tokens, logits)] = float("-inf")
+
+
+def report(raw: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[dict[int, Logprob]]:
+    """Log-probabilities by the raw logits ``raw [n, V]``: of each row the token of ``tokens``
+    first, then the ``counts`` best (-1: all). Ranks count equals by rising id: all are distinct.
+    """
+    vocab = raw.shape[1]
+    counts = [vocab if count == -1 else count for count in counts]
+    chosen_ids = _index(tokens, raw)[:, None]
+    scale = raw.logsumexp(dim=1, keepdim=True)
+    chosen = raw.gather(1, chosen_ids)
+    before = torch.arange(vocab, device=raw.device) < chosen_ids
+    ranks = 1 + ((raw > chosen) | ((raw == chosen) & before)).sum(dim=1)
+    width = max(counts)
+    values, ids = _top(raw, width)
+    best_ids, best_values = ids.tolist(), (values - scale).tolist()
+    result = []
+    for i, (value, rank) in enumerate(
+        zip((chosen - scale)[:, 0].tolist(), ranks.tolist(), strict=True)
+    ):
+        entry = {tokens[i]: Logprob(value, rank)}
+        for place in range(counts[i]):
+            entry.setdefault(best_ids[i][place], Logprob(best_values[i][place], place + 1))
+        result.append(entry)
+    return result
+
+
+def _top(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Exactly the first ``count`` of the canonical order (`ranked`), which candidates may tie out
+    of; then all is sorted."""
+    width = min(x.shape[1], 2 * count + 16)
+    values, ids = ranked(x, width)
+    if 0 < count < width < x.shape[1] and bool((values[:, count - 1] == values[:, -1]).any()):
+        values, ids = ranked(x, x.shape[1])
+    return values[:, :count], ids[:, :count]
+
+
+@dataclass(slots=True)
+class _Group:
+    """Rows that are drawn in one way: from all tokens, by top_k (and top_p), or by top_p alone."""
+
+    way: int
+    rows: list[int]
+    index: Tensor
+    x: Tensor
+    """[m, V] logits of the rows."""
+    draws: Draws
+    width: int
+
+    def first(self) -> Tensor:
+        """The tokens [m], `UNDECIDED` where ``width`` candidates were too few."""
+        if self.way == _ALL:
+            return draw(self.x, self.draws)
+        return draw_filtered(self.x, self.draws, self.width, self.way == _TOP_K)
+
+    def finish(self, tokens: list[int]) -> None:
+        """Draws the undecided rows again, from all tokens, into ``tokens``."""
+        missing = [place for place, row in enumerate(self.rows) if tokens[row] == UNDECIDED]
+        for start in range(0, len(missing), SLICE):
+            places = missing[start : start + SLICE]
+            at = _index(places, self.x)
+            x = self.x[at]
+            final = draw_filtered(x, self.draws.take(at), x.shape[1], self.way == _TOP_K)
+            for place, token in zip(places, final.tolist(), strict=True):
+                tokens[self.rows[place]] = token
+
+
+_ALL, _TOP_K, _TOP_P = range(3)
+
+
+def _groups(logits: Tensor, peak: Tensor, rows: Sequence[SamplingRow]) -> list[_Group]:
+    """The rows that are not greedy, by the way they are drawn."""
+    vocab = logits.shape[1]
+    members: tuple[list[int], ...] = ([], [], [])
+    for i, row in enumerate(rows):
+        params = row.params
+        if params.greedy or params.top_k == 1:
+            continue
+        if 0 < params.top_k < vocab:
+            members[_TOP_K].append(i)
+        else:
+            members[_TOP_P if params.top_p < 1.0 else _ALL].append(i)
+    result = []
+    for way, chosen in enumerate(members):
+        if not chosen:
+            continue
+        index = _index(chosen, logits)
+        whole = len(chosen) == len(rows)
+        of = [rows[i] for i in chosen]
+        draws = _draws(peak if whole else peak[index], of, vocab)
+        width = CANDIDATES
+        if way == _TOP_K:
+            # Some beyond the largest top_k, for values equal to the last one kept.
+            width = min(width, 2 * max(row.params.top_k for row in of) + 32)
+        x = logits if whole else logits[index]
+        result.append(_Group(way, chosen, index, x, draws, min(width, vocab)))
+    return result
+
+
+def _draws(peak: Tensor, rows: Sequence[SamplingRow], vocab: int) -> Draws:
+    u = uniforms(
+        np.array([row.seed for row in rows], dtype=np.uint64),
+        np.array([row.index for row in rows], dtype=np.uint64),
+        np.array([row.position for row in rows], dtype=np.uint64),
+    )
+    # All float64, so that one copy carries them to the device.
+    columns = np.array(
+        [
+            [row.params.temperature for row in rows],
+            [row.params.top_k if 0 < row.params.top_k < vocab else vocab for row in rows],
+            [row.params.top_p for row in rows],
+            [row.params.min_p for row in rows],
+            u,
+        ]
+    )
+    temperature, top_k, top_p, min_p, u_there = torch.from_numpy(columns).to(peak.device)
+    return Draws(peak, temperature.float(), top_k.long(), top_p, min_p.float(), u_there)
+
+
+def _penalise(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Repetition, frequency and presence penalties, on the tokens that occur."""
+    lists = [(i, row.params, row.counts) for i, row in enumerate(rows) if row.counts is not None]
+    if not lists:
+        return
+    sizes = [len(counts.tokens) for _, _, counts in lists]
+    entries = np.stack(
+        [
+            np.repeat([i for i, _, _ in lists], sizes),
+            np.concatenate([counts.tokens for _, _, counts in lists]),
+            np.concatenate([counts.counts for _, _, counts in lists]),
+            np.repeat(np.arange(len(lists)), sizes),
+        ]
+    )
+    penalties = [
+        (p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for _, p, _ in lists
+    ]
+    row_ids, tokens, counts, place = torch.from_numpy(entries).to(logits.device)
+    repetition, frequency, presence = torch.tensor(penalties, device=logits.device)[place].T
+    values = logits[row_ids, tokens]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values = values - frequency * counts - presence * (counts > 0)
+    logits[row_ids, tokens] = values
+
+
+def _index(ids: Sequence[int], like: Tensor) -> Tensor:
+    """int64 tensor of ``ids`` on the device of ``like``."""
+    return torch.tensor(ids, dtype=torch.int64, device=like.device)
