@@ -1,0 +1,594 @@
+"""Scheduler: each rule by itself, then random loads on a fake model whose tokens come from pages.
+
+The fake model keeps the token of each slot in a dict of pages and derives the next token from all
+tokens that a sequence's row of the block tables leads to. A wrong page, table, copy or recompute
+therefore changes tokens, which must equal those of the sequence alone.
+"""
+
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from torch_pd.engine.scheduler import Scheduler
+from torch_pd.engine.sequence import Sequence, Status
+from torch_pd.kv.pages import PageAllocator
+
+ROOT = Path(__file__).parent.parent
+
+
+def next_token(token_ids, salt):
+    return zlib.crc32(np.array([salt, *token_ids], np.int32).tobytes()) % 50_000
+
+
+def alone(prompt, salt, num_output):
+    ids = list(prompt)
+    for _ in range(num_output):
+        ids.append(next_token(ids, salt))
+    return ids
+
+
+def make(usable, block_size=4, seqs=8, tokens=64, length=256, caching=False):
+    return Scheduler(
+        PageAllocator(usable + 1, enable_prefix_caching=caching),
+        block_size=block_size,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        max_model_len=length,
+    )
+
+
+class FakeModel:
+    """Runs plans on simulated pages; ``data`` of a sequence is (salt, tokens to sample, forks)."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+        self.pages: dict[int, list] = {}
+        self.children: list[Sequence] = []
+        self.left_out: dict[int, int] = {}
+
+    def add(self, prompt, num_output, n=1, salt=0, **kwargs):
+        data = (salt, num_output, n - 1)
+        total = len(prompt) + num_output
+        seq = Sequence("r", prompt, max_total_len=total, data=data, **kwargs)
+        self.scheduler.add(seq)
+        return seq
+
+    def schedule(self):
+        s = self.scheduler
+        before = {seq.seq_id for seq in s._running if seq.status is Status.RUNNING}
+        plan = s.schedule()
+        s.check()
+        assert plan.seqs or plan.failed or not s.has_unfinished, "no work although some is left"
+        assert plan.num_tokens == plan.counts.sum() <= s.max_num_batched_tokens
+        assert s.num_running <= s.max_num_seqs
+        waiting = s._waiting.check()
+        running = [seq for seq in s._running if seq.status is Status.RUNNING]
+        for seq in plan.preempted:
+            assert all(other.order < seq.order for other in running), "gave way to a newer one"
+        for seq in running:
+            if seq.seq_id not in before:
+                assert all(other.order > seq.order for other in waiting), "overtook an older one"
+            served = seq in plan.seqs
+            streak = self.left_out[seq.seq_id] = (
+                0 if served else self.left_out.get(seq.seq_id, 0) + 1
+            )
+            assert streak < s.max_num_seqs, "left out twice while others ran twice"
+        return plan
+
+    def run(self, plan):
+        """The tokens of a plan, read through the block tables."""
+        s, size = self.scheduler, self.scheduler.block_size
+        for page in s.allocator._blank:
+            self.pages.pop(page, None)  # nobody may read it any more
+        sources, targets = {a for a, _ in plan.copies}, [b for _, b in plan.copies]
+        assert len(set(targets)) == len(targets)
+        assert not sources & set(targets)
+        for source, target in plan.copies:
+            self.pages[target] = list(self.pages[source])
+        written = set()
+        for seq, row, start, count in zip(
+            plan.seqs, plan.rows, plan.starts, plan.counts, strict=True
+        ):
+            assert row == seq.row
+            assert count >= 1
+            for position in range(start, start + count):
+                page = s.block_tables[row, position // size]
+                slot = (page, position % size)
+                assert page != 0
+                assert slot not in written, "two sequences write to one slot"
+                assert s.allocator.refcount(int(page)) == 1, "wrote to a shared page"
+                written.add(slot)
+                self.pages.setdefault(page, [None] * size)[slot[1]] = seq.token_ids[position]
+        tokens = []
+        for seq, row, end, samples in zip(
+            plan.seqs, plan.rows, plan.starts + plan.counts, plan.samples, strict=True
+        ):
+            table = s.block_tables[row, : -(-end // size)]
+            seen = [token for page in table for token in self.pages[page]][:end]
+            assert seen == seq.token_ids[:end]
+            assert samples == (end == len(seq.token_ids))
+            if samples:
+                tokens.append(next_token(seen, seq.data[0]))
+        return tokens
+
+    def finish_step(self, plan, tokens):
+        s = self.scheduler
+        s.update(plan, tokens)
+        sampled = [q for q, x in zip(plan.seqs, plan.samples, strict=True) if x]
+        for seq in sampled:
+            if seq.status is not Status.RUNNING:
+                continue  # aborted in flight
+            salt, num_output, forks = seq.data
+            assert s.tables.last_token[seq.row] == seq.token_ids[-1]
+            if forks and seq.num_output == 1:
+                for i, child in enumerate(s.fork(seq, forks)):
+                    child.data = (salt + i + 1, num_output, 0)
+                    self.children.append(child)
+            if seq.at_length_limit:
+                s.finish(seq)
+        s.check()
+
+    def step(self):
+        plan = self.schedule()
+        self.finish_step(plan, self.run(plan))
+        return plan
+
+    def drain(self, limit=10_000):
+        for steps in range(limit):
+            if not self.scheduler.has_unfinished:
+                return steps
+            self.step()
+        raise AssertionError(f"unfinished after {limit} steps")
+
+    def verify(self, seq):
+        salt, num_output, _ = seq.data
+        expected = alone(seq.token_ids[: seq.num_prompt], salt, num_output)
+        assert seq.token_ids == expected[: len(seq.token_ids)]
+        if seq.status is Status.FAILED:
+            s = self.scheduler
+            capacity = s.allocator.num_usable * s.block_size
+            assert len(seq.token_ids) == capacity + 1
+            assert f"the whole pool has {s.allocator.num_usable}" in seq.error
+        elif seq.status is Status.FINISHED:
+            assert len(seq.token_ids) == len(expected)
+
+
+def starts_and_counts(plan):
+    return list(zip(plan.starts.tolist(), plan.counts.tolist(), strict=True))
+
+
+# Requests.
+
+
+def test_importing_the_scheduler_does_not_import_torch():
+    code = (
+        "import sys, types; package = types.ModuleType('torch_pd'); "
+        f"package.__path__ = [{str(ROOT / 'torch_pd')!r}]; sys.modules['torch_pd'] = package; "
+        "import torch_pd.engine.scheduler; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_prompts_that_cannot_run_are_refused_with_the_arithmetic():
+    s = make(usable=5, block_size=4, length=32)
+    with pytest.raises(ValueError, match="no tokens"):
+        s.add(Sequence("r", []))
+    with pytest.raises(ValueError, match=r"32 tokens, but max_model_len=32 .* 32 - 1 = 31"):
+        s.add(Sequence("r", range(32)))
+    with pytest.raises(ValueError, match=r"21 tokens need 21 / 4 = 6 KV pages.* has 5 \(20 tok"):
+        s.add(Sequence("r", range(21)))
+    with pytest.raises(ValueError, match="max_total_len=5 leaves no output"):
+        s.add(Sequence("r", range(5), max_total_len=5))
+    assert not s.has_unfinished
+    seq = Sequence("r", range(20), max_total_len=99)
+    s.add(seq)
+    assert seq.max_total_len == 32
+    assert (s.num_waiting, s.num_running) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"block_size": 0}, {"max_num_seqs": 0}, {"max_num_batched_tokens": 0}]
+)
+def test_limits_must_be_positive(bad):
+    good = {"block_size": 4, "max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 8}
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be at least 1, got 0"):
+        Scheduler(PageAllocator(9), **{**good, **bad})
+    with pytest.raises(ValueError, match="max_model_len must be at least 2"):
+        Scheduler(PageAllocator(9), **{**good, "max_model_len": 1})
+
+
+def test_misuse_is_caught():
+    s = make(usable=9)
+    seq = Sequence("r", [1, 2, 3])
+    s.add(seq)
+    with pytest.raises(AssertionError, match="added before"):
+        s.add(seq)
+    plan = s.schedule()
+    with pytest.raises(AssertionError, match="update"):
+        s.schedule()
+    with pytest.raises(AssertionError, match=r"\(2,\) tokens for 1"):
+        s.update(plan, [1, 2])
+    with pytest.raises(AssertionError, match=r"fork\(\) belongs after"):
+        s.fork(seq, 1)
+    s.update(plan, [7])
+    with pytest.raises(AssertionError, match="not the plan under way"):
+        s.update(plan, [7])
+    s.finish(seq)
+    with pytest.raises(AssertionError, match="has ended already"):
+        s.finish(seq)
+    assert s.abort(seq.seq_id) is None
+
+
+# Chunks, budget and order.
+
+
+def test_prompt_is_computed_in_chunks_and_only_the_last_samples():
+    model = FakeModel(make(usable=20, tokens=5))
+    seq = model.add(range(12), 2)
+    plans = [model.step() for _ in range(4)]
+    assert [starts_and_counts(p) for p in plans] == [[(0, 5)], [(5, 5)], [(10, 2)], [(12, 1)]]
+    assert [p.samples.tolist() for p in plans] == [[False], [False], [True], [True]]
+    assert [p.max_query_len for p in plans] == [5, 5, 2, 1]
+    assert seq.status is Status.FINISHED
+    model.verify(seq)
+
+
+def test_decodes_go_first_and_prompts_fill_the_rest():
+    model = FakeModel(make(usable=50, tokens=8))
+    a = model.add(range(3), 9)
+    model.step()
+    b, c = model.add(range(10), 1), model.add(range(4), 1)
+    plan = model.step()
+    assert (plan.seqs, plan.counts.tolist()) == ([a, b], [1, 7])
+    plan = model.step()
+    assert (plan.seqs, plan.counts.tolist()) == ([a, b, c], [1, 3, 4])
+
+
+def test_nobody_overtakes_a_request_that_does_not_fit_yet():
+    model = FakeModel(make(usable=6))
+    a = model.add(range(13), 3)  # 4 pages
+    b = model.add(range(9), 1)  # 3 pages
+    c = model.add(range(2), 1)
+    assert model.step().seqs == [a]
+    assert model.step().seqs == [a]
+    assert (b.status, c.status) == (Status.WAITING, Status.WAITING)
+    model.step()
+    assert model.step().seqs == [b, c]
+
+
+def test_max_num_seqs_bounds_the_running():
+    model = FakeModel(make(usable=50, seqs=2))
+    seqs = [model.add([i, i], 3) for i in range(4)]
+    assert model.step().seqs == seqs[:2]
+    assert (model.scheduler.num_running, model.scheduler.num_waiting) == (2, 2)
+    model.step()
+    model.step()
+    assert model.step().seqs == seqs[2:]
+
+
+def test_a_budget_below_the_running_goes_round():
+    model = FakeModel(make(usable=50, seqs=5, tokens=2))
+    parent = model.add([1, 2], 8, n=5)
+    model.step()
+    family = [parent, *model.children]
+    served = [[family.index(seq) for seq in model.step().seqs] for _ in range(5)]
+    assert served == [[0, 1], [2, 3], [0, 4], [1, 2], [3, 4]]
+    model.drain()
+    for seq in family:
+        model.verify(seq)
+
+
+def test_a_long_prompt_and_decodes_share_a_small_budget():
+    model = FakeModel(make(usable=50, seqs=4, tokens=2))
+    decoders = [model.add([i], 20) for i in range(2)]
+    model.step()
+    model.scheduler.max_num_batched_tokens = 3
+    late = model.add(range(30), 1)
+    model.step()
+    model.scheduler.max_num_batched_tokens = 2
+    counts = dict.fromkeys([*decoders, late], 0)
+    for _ in range(8):
+        for seq, count in zip((plan := model.step()).seqs, plan.counts, strict=True):
+            counts[seq] += count
+    assert list(counts.values()) == [4, 4, 8]  # a step for the decoders, a step for the prompt
+
+
+# Pages.
+
+
+def test_the_newest_is_preempted_and_comes_back_first():
+    model = FakeModel(make(usable=4))
+    a, b = model.add(range(8), 7), model.add(range(8), 2, salt=1)
+    c = model.add(range(2), 1, salt=2)
+    assert model.step().seqs == [a, b]
+    plan = model.step()
+    assert (plan.seqs, plan.preempted) == ([a], [b])
+    assert (b.status, b.pages, b.row, b.num_preemptions) == (Status.WAITING, [], -1, 1)
+    assert len(b.token_ids) == 9
+    while a.status is Status.RUNNING:
+        model.step()
+    plan = model.step()
+    assert plan.seqs[:2] == [b, c]
+    assert starts_and_counts(plan)[0] == (0, 9)  # prompt and output again
+    model.drain()
+    for seq in (a, b, c):
+        model.verify(seq)
+
+
+def test_a_sequence_that_needs_a_page_gives_way_to_older_ones():
+    model = FakeModel(make(usable=4))
+    a, b = model.add(range(5), 6), model.add(range(7), 6)
+    model.step()
+    model.step()
+    plan = model.step()  # b needs a third page, a holds two and needs none
+    assert (plan.seqs, plan.preempted) == ([a], [b])
+    model.drain()
+    model.verify(a)
+    model.verify(b)
+
+
+def test_a_sequence_that_outgrows_the_pool_fails_alone():
+    model = FakeModel(make(usable=3))
+    a, b = model.add(range(10), 20), model.add(range(2), 3)
+    model.drain()
+    assert (a.status, b.status) == (Status.FAILED, Status.FINISHED)
+    assert "13 tokens need 13 / 4 = 4 KV pages, but the whole pool has 3" in a.error
+    model.verify(a)
+    model.verify(b)
+
+
+def test_a_step_that_only_preempts_is_followed_by_the_others_turn():
+    model = FakeModel(make(usable=4, tokens=1, seqs=2))
+    a, b = model.add([1], 12), model.add([2], 12)
+    model.drain()
+    for seq in (a, b):
+        model.verify(seq)
+
+
+def test_a_hundredth_of_the_pool_is_kept_for_the_running():
+    model = FakeModel(make(usable=200, tokens=2000, length=1000))
+    a, b = model.add(range(100), 9), model.add(range(4 * 174), 9)
+    c = model.add(range(4), 9)
+    assert model.scheduler.watermark == 2
+    assert model.step().seqs == [a]  # 25 + 174 + 2 > 200
+    model.scheduler.abort(b.seq_id)
+    assert model.step().seqs == [a, c]
+
+
+# Ends.
+
+
+def test_abort_while_waiting_running_and_in_flight():
+    model = FakeModel(make(usable=20, seqs=2))
+    a, b, c = (model.add([i, 5, 6], 5) for i in range(3))
+    model.step()
+    assert model.scheduler.abort(c.seq_id) is c
+    assert model.scheduler.abort(a.seq_id) is a
+    assert model.scheduler.abort(a.seq_id) is None
+    model.step()
+    d = model.add([9], 5)
+    plan = model.schedule()
+    tokens = model.run(plan)
+    assert plan.seqs == [b, d]
+    model.scheduler.abort(b.seq_id)
+    length = len(b.token_ids)
+    model.finish_step(plan, tokens)
+    assert len(b.token_ids) == length  # its token is dropped, d's is not
+    assert d.num_output == 1
+    model.drain()
+    model.verify(d)
+    assert model.scheduler.allocator.num_used == 0
+
+
+def test_aborted_waiting_sequences_leave_the_queue():
+    s = make(usable=20, seqs=1)
+    seqs = [Sequence("r", [1, 2]) for _ in range(100)]
+    for seq in seqs:
+        s.add(seq)
+    for seq in seqs[1:]:
+        s.abort(seq.seq_id)
+        s.check()
+    assert len(s._waiting._heap) <= 2
+    assert s.schedule().seqs == seqs[:1]
+    assert s.num_waiting == 0
+
+
+# Forks.
+
+
+@pytest.mark.parametrize("prompt_len", [1, 3, 4, 5, 8])
+@pytest.mark.parametrize("caching", [False, True])
+def test_children_share_the_prompt_and_copy_before_they_write(prompt_len, caching):
+    model = FakeModel(make(usable=40, caching=caching))
+    parent = model.add(range(prompt_len), 6, n=3)
+    model.step()
+    full, rest = divmod(prompt_len - 1, 4)
+    assert model.scheduler.allocator.num_used == len(parent.pages)
+    plan = model.step()
+    assert plan.counts.tolist() == [1, 1, 1]
+    assert plan.starts.tolist() == [prompt_len, prompt_len - 1, prompt_len - 1]
+    # The parent writes behind the prompt, so it needs a copy only if that is the same page.
+    writers = 3 if prompt_len % 4 else 2
+    holders = 3
+    assert len(plan.copies) == (min(writers, holders - 1) if rest else 0)
+    for child in model.children:
+        assert child.pages[:full] == parent.pages[:full]
+        assert child.pages[full] != parent.pages[full]
+    model.drain()
+    family = [parent, *model.children]
+    for seq in family:
+        model.verify(seq)
+    assert len({tuple(seq.token_ids) for seq in family}) == 3
+
+
+def test_a_child_without_a_row_waits_at_its_parents_place():
+    model = FakeModel(make(usable=40, seqs=2))
+    parent, later = model.add(range(6), 2, n=3), model.add(range(3), 2)
+    model.step()
+    first, second = model.children
+    assert first.status is Status.WAITING  # later took the second row
+    assert not first.pages
+    model.step()
+    assert model.step().seqs == [first, second]
+    model.drain()
+    for seq in (parent, later, first, second):
+        model.verify(seq)
+
+
+def test_a_parent_that_ends_at_once_leaves_its_pages_to_the_children():
+    model = FakeModel(make(usable=10, caching=True))
+    parent = model.add(range(8), 1, n=2)
+    model.step()
+    assert parent.status is Status.FINISHED
+    plan = model.step()
+    assert (plan.seqs, plan.copies) == (model.children, [])  # the only holder needs no copy
+    model.verify(model.children[0])
+
+
+def test_only_a_running_parent_with_a_token_forks():
+    model = FakeModel(make(usable=10, tokens=2))
+    seq = model.add(range(3), 2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot be forked"):
+            model.scheduler.fork(seq, 1)
+        model.step()
+    assert len(model.scheduler.fork(seq, 1)) == 1
+    model.scheduler.finish(seq)
+    with pytest.raises(ValueError, match="finished, 1 output"):
+        model.scheduler.fork(seq, 1)
+
+
+# Prefix cache.
+
+
+def test_a_cached_prefix_is_not_computed_again_but_for_the_last_token():
+    model = FakeModel(make(usable=40, caching=True))
+    a = model.add(range(12), 3)
+    model.drain()
+    b, c = model.add(range(12), 1), model.add([*range(10), 77, 78, 79], 1)
+    d = model.add(range(12), 1, no_prefix_lookup=True)
+    plan = model.step()
+    assert starts_and_counts(plan) == [(8, 4), (8, 5), (0, 12)]
+    assert (b.num_cached, c.num_cached, d.num_cached) == (8, 8, 0)
+    e = model.add([*a.token_ids[:14], 5], 1)  # 14 computed: output pages are cached as well
+    assert starts_and_counts(model.step()) == [(12, 3)]
+    for seq in (a, b, c, d, e):
+        model.verify(seq)
+
+
+def test_a_preempted_sequence_finds_its_own_pages():
+    model = FakeModel(make(usable=6, caching=True))
+    a, b = model.add(range(8), 9), model.add(range(50, 59), 9)
+    model.step()
+    while not b.num_preemptions:
+        model.step()
+    model.scheduler.abort(a.seq_id)
+    plan = model.step()
+    assert plan.seqs == [b]
+    assert plan.starts[0] >= 8
+    assert b.num_cached == 0  # of the prompt, at its first admission
+    model.drain()
+    model.verify(b)
+
+
+def test_a_blocked_prompt_is_not_looked_up_at_every_step(monkeypatch):
+    model = FakeModel(make(usable=8, caching=True))
+    model.add(range(17), 6)
+    b = model.add(range(100, 117), 1)
+    calls = []
+    peek = model.scheduler.allocator.peek
+    monkeypatch.setattr(
+        model.scheduler.allocator, "peek", lambda digests: calls.append(1) or peek(digests)
+    )
+    for _ in range(5):
+        model.step()
+    # Twice for the first request (to see, to take), once for the other.
+    assert (len(calls), b.status) == (3, Status.WAITING)
+    model.drain()
+    model.verify(b)
+
+
+# Any load.
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random arrivals, forks, aborts and steps under tight limits."""
+
+    @initialize(
+        usable=st.integers(1, 14),
+        block_size=st.sampled_from([1, 2, 4]),
+        seqs=st.integers(1, 5),
+        tokens=st.sampled_from([1, 2, 3, 7, 64]),
+        caching=st.booleans(),
+    )
+    def start(self, usable, block_size, seqs, tokens, caching):
+        self.model = FakeModel(make(usable, block_size, seqs, tokens, 40, caching))
+        self.scheduler = self.model.scheduler
+        self.seqs: list[Sequence] = []
+
+    @rule(
+        shared=st.integers(0, 12),
+        own=st.integers(0, 6),
+        num_output=st.integers(1, 12),
+        n=st.sampled_from([1, 1, 1, 2, 3]),
+        salt=st.integers(0, 1),
+        no_lookup=st.sampled_from([False, False, True]),
+    )
+    def add(self, shared, own, num_output, n, salt, no_lookup):
+        prompt = [*range(shared), *(1000 + 10 * salt + i for i in range(own))]
+        s = self.scheduler
+        capacity = s.allocator.num_usable * s.block_size
+        if not prompt or len(prompt) > min(capacity, s.max_model_len - 1):
+            with pytest.raises(ValueError, match="token"):
+                self.model.add(prompt, num_output)
+            return
+        seq = self.model.add(prompt, num_output, n, salt, no_prefix_lookup=no_lookup)
+        self.seqs.append(seq)
+
+    @rule(n=st.integers(1, 4))
+    def step(self, n):
+        for _ in range(n):
+            self.model.step()
+
+    @precondition(lambda self: self.seqs)
+    @rule(data=st.data(), in_flight=st.booleans())
+    def abort(self, data, in_flight):
+        plan = None
+        if in_flight:
+            plan = self.model.schedule()
+            tokens = self.model.run(plan)
+        seq = data.draw(st.sampled_from(self.seqs + self.model.children))
+        live = seq.status in (Status.WAITING, Status.RUNNING)
+        assert self.scheduler.abort(seq.seq_id) is (seq if live else None)
+        if live:
+            seq.data = (seq.data[0], seq.num_output, 0)
+        if plan is not None:
+            self.model.finish_step(plan, tokens)
+
+    def teardown(self):
+        if not hasattr(self, "model"):
+            return
+        # The oldest is never preempted and served at least every max_num_seqs steps.
+        everyone = self.seqs + [c for s in self.seqs for c in [s] * s.data[2]]
+        work = sum(s.num_prompt + s.data[1] for s in everyone + self.model.children)
+        self.model.drain(limit=work * self.scheduler.max_num_seqs + 1)
+        for seq in self.seqs + self.model.children:
+            assert seq.status in (Status.FINISHED, Status.FAILED)
+            self.model.verify(seq)
+        self.scheduler.check()
+        self.scheduler.allocator.check([])
+        assert self.scheduler.allocator.num_used == 0
+        assert not self.scheduler.block_tables.any()
+
+
+SchedulerMachine.TestCase.settings = settings(
+    deadline=None, max_examples=150, stateful_step_count=30
+)
+TestScheduler = SchedulerMachine.TestCase

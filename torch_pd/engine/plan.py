@@ -1,0 +1,53 @@
+"""Plan: the integers of one step."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from torch_pd.engine.sequence import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """One step. Entry i of the lists and arrays [num_seqs] belongs to ``seqs[i]``.
+
+    ``seqs[i]`` computes tokens ``starts[i] .. starts[i] + counts[i]`` and, where ``samples[i]``,
+    draws its next token from the logits of the last one.
+    """
+
+    seqs: list[Sequence]
+    rows: np.ndarray
+    """int64, rows of the scheduler's tables."""
+    starts: np.ndarray
+    """int64, tokens whose KV is in the pages already."""
+    counts: np.ndarray
+    """int64, at least 1."""
+    samples: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """bool."""
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    """(from, to) pages to copy whole before the step, in any order."""
+    preempted: list[Sequence] = field(default_factory=list)
+    failed: list[Sequence] = field(default_factory=list)
+    """Ended here, with the reason in ``error``; they are in no other list."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to compute."""
+        return int(self.counts.sum())
+
+    @property
+    def max_query_len(self) -> int:
+        """The most tokens that one sequence computes; the plan must not be empty."""
+        return int(self.counts.max())
+
+    @property
+    def num_samples(self) -> int:
+        """Tokens that update expects."""
+        return int(np.count_nonzero(self.samples))
+
+    def extend(self, seqs: list[Sequence], starts: list[int], counts: list[int]) -> None:
+        """Adds running sequences to the step."""
+        self.seqs += seqs
+        self.rows = np.append(self.rows, [seq.row for seq in seqs])
+        self.starts = np.append(self.starts, starts)
+        self.counts = np.append(self.counts, counts)

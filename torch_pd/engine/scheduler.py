@@ -1,0 +1,438 @@
+"""Scheduler: which tokens of which sequences run in the next step, on which KV pages.
+
+Integers only, no torch. The whole policy:
+
+1. The order is arrival: the request's, and among the outputs of one request the fork's.
+2. Running sequences come first, oldest first: one token each while decoding, else the next chunk of
+   the prompt, as far as max_num_batched_tokens goes. Where it does not reach, the next step begins
+   with the first sequence left out, so all take turns.
+3. Then waiting sequences are admitted, oldest first and none overtaking, while tokens, rows
+   (max_num_seqs) and pages last. Pages for all known tokens are taken at admission, what the prefix
+   cache holds is not computed again, and 1% of the pool is left to those that run already.
+4. A sequence that needs a page when none is free preempts the newest running one, itself if that is
+   the newest; so none ever gives way to a newer one and the oldest always goes on. The preempted
+   one gives up its pages, waits at its old place (before all later arrivals) and later computes
+   prompt and output again. A sequence that outgrows the whole pool fails.
+5. ``fork`` (n > 1) shares the prompt's pages. A child computes the last prompt token again and so
+   draws its own first token; whoever writes to a page that others hold too gets a copy first
+   (``Plan.copies``). A child without a row waits without pages, as if it were preempted.
+"""
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Sequence as ListLike
+from itertools import compress
+
+import numpy as np
+
+from torch_pd.engine.plan import Plan
+from torch_pd.engine.sequence import Sequence, Status
+from torch_pd.engine.tables import Tables
+from torch_pd.engine.waiting import Waiting
+from torch_pd.kv.pages import PageAllocator
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill over one page pool.
+
+    The caller repeats: ``plan = schedule()``, run it, ``update(plan, tokens)``, then ``fork`` and
+    ``finish`` as the tokens ask. ``add`` and ``abort`` may come at any time between these calls.
+
+    ``tables`` has a row for each running sequence, from which the runner gathers its tensors.
+
+    Args:
+        allocator: the pool; prefix caching is on if it is on there.
+        block_size: tokens of a page.
+        max_num_seqs: sequences running at once.
+        max_num_batched_tokens: tokens of one step; may be under max_num_seqs.
+        max_model_len: longest sequence in tokens, output included.
+    """
+
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        for name, value, least in (
+            ("block_size", block_size, 1),
+            ("max_num_seqs", max_num_seqs, 1),
+            ("max_num_batched_tokens", max_num_batched_tokens, 1),
+            ("max_model_len", max_model_len, 2),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.allocator = allocator
+        self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.watermark = allocator.num_usable // 100
+
+        self.tables = Tables(max_num_seqs, self._pages_for(max_model_len), block_size)
+        self.block_tables = self.tables.block_tables
+
+        self._seqs: dict[int, Sequence] = {}  # all that wait or run
+        self._next_id = 0
+        self._running: list[Sequence] = []  # oldest first
+        self._running_rows: np.ndarray | None = None  # of _running; None: to be gathered again
+        self._ended = False  # _running holds sequences that ended
+        self._waiting = Waiting()
+        self._turn: tuple[int, int] | None = None  # order of the first one left out last time
+        self._blocked: tuple[Sequence, int] | None = None  # did not fit into so many free pages
+        # Pages copied from in the plan being made are held until it is made, lest one of them
+        # becomes a copy's target too; these holds do not count as sharers.
+        self._sources: Counter[int] = Counter()
+        self._flying: Plan | None = None
+
+    # Requests.
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a row and pages."""
+        return self.max_num_seqs - len(self.tables.free_rows)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold nothing yet, or nothing any more."""
+        return len(self._seqs) - self.num_running
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True while a sequence waits or runs; then schedule() returns work or failures."""
+        return bool(self._seqs)
+
+    def add(self, seq: Sequence) -> int:
+        """Queues a new sequence; returns its seq_id.
+
+        Raises:
+            ValueError: an empty prompt, one that leaves no room for an output token in
+                max_model_len or max_total_len, or one that could not fit the pool even alone.
+        """
+        assert seq.status is Status.NEW, f"sequence {seq.seq_id} was added before"
+        n = seq.num_prompt
+        if n == 0:
+            raise ValueError("the prompt has no tokens; give at least one")
+        if n > self.max_model_len - 1:
+            raise ValueError(
+                f"the prompt has {n} tokens, but max_model_len={self.max_model_len} leaves room "
+                f"for {self.max_model_len} - 1 = {self.max_model_len - 1} before the first output "
+                "token: shorten the prompt or raise max_model_len"
+            )
+        pages, usable = self._pages_for(n), self.allocator.num_usable
+        if pages > usable:
+            raise ValueError(
+                f"the prompt's {n} tokens need {n} / {self.block_size} = {pages} KV pages, but the "
+                f"whole pool has {usable} ({usable * self.block_size} tokens): shorten the prompt "
+                "or give the KV cache more memory"
+            )
+        limit = self.max_model_len if seq.max_total_len is None else seq.max_total_len
+        if limit <= n:
+            raise ValueError(f"max_total_len={limit} leaves no output token after {n} of prompt")
+        seq.max_total_len = min(limit, self.max_model_len)
+        self._register(seq, arrival=self._next_id)
+        self._waiting.push(seq)
+        return seq.seq_id
+
+    def fork(self, parent: Sequence, n: int) -> list[Sequence]:
+        """``n`` more outputs of the parent's prompt, running (as far as rows last) or waiting.
+
+        To be called after the update() that gave the parent its first token, before finish().
+        The children hold the prompt only; ``data`` is the parent's, for the engine to replace.
+
+        Raises:
+            ValueError: the parent does not run or its prompt is not computed yet.
+        """
+        assert self._flying is None, "fork() belongs after update()"
+        if parent.status is not Status.RUNNING or parent.num_output == 0:
+            raise ValueError(
+                f"sequence {parent.seq_id} ({parent.status.value}, {parent.num_output} output "
+                "tokens) cannot be forked: it must run and have sampled its first token"
+            )
+        # All but the last prompt token are taken over: the child needs that one's logits.
+        computed = parent.num_prompt - 1
+        shared = parent.pages[: self._pages_for(computed)]
+        children = []
+        for _ in range(n):
+            child = Sequence(
+                parent.request_id,
+                parent.token_ids[: parent.num_prompt],
+                max_total_len=parent.max_total_len,
+                data=parent.data,
+            )
+            child.digests = parent.digests[: parent.num_prompt // self.block_size]
+            child.num_cached = parent.num_cached
+            self._register(child, arrival=parent.order[0])
+            if self.tables.free_rows:
+                self.allocator.fork(shared)
+                self._run(child, list(shared), computed)
+                self.tables.forked[child.row] = self.tables.forked[parent.row] = True
+            else:
+                self._waiting.push(child)
+            children.append(child)
+        return children
+
+    def finish(self, seq: Sequence) -> None:
+        """Ends a sequence that waits or runs and returns its pages; its tokens stay readable."""
+        self._end(seq, Status.FINISHED)
+
+    def abort(self, seq_id: int) -> Sequence | None:
+        """Ends a sequence, also one in the step under way; None if it has ended already."""
+        seq = self._seqs.get(seq_id)
+        if seq is not None:
+            self.finish(seq)
+        return seq
+
+    # Steps.
+
+    def schedule(self) -> Plan:
+        """The next step. It holds work or failures whenever a sequence waits or runs.
+
+        Pages are taken and block tables written here; ``num_computed`` and the tokens change only
+        in update(), so a later step could be planned on placeholders before the tokens are known.
+        """
+        assert self._flying is None, "update() the last plan first"
+        plan = self._plan_running()
+        while plan.preempted and not plan.seqs and self._running:
+            # The only ones whose turn it was gave way, so it is the others' turn at once.
+            again = self._plan_running()
+            again.preempted[:0], again.failed[:0] = plan.preempted, plan.failed
+            plan = again
+        if not plan.preempted:
+            self._admit(plan)
+        if plan.seqs:
+            plan.samples = plan.starts + plan.counts == self.tables.num_tokens[plan.rows]
+            self._flying = plan
+        return plan
+
+    def update(self, plan: Plan, sampled_tokens: ListLike[int] | np.ndarray) -> None:
+        """Records that a plan was run.
+
+        Args:
+            plan: of the last schedule().
+            sampled_tokens: [plan.num_samples], in the order of ``seqs`` where ``samples``. Those
+                of sequences that ended meanwhile are dropped.
+        """
+        tokens = np.asarray(sampled_tokens, np.int64)
+        assert tokens.shape == (plan.num_samples,), f"{tokens.shape} tokens for {plan.num_samples}"
+        assert plan is self._flying or not plan.seqs, "this is not the plan under way"
+        self._flying = None
+        seqs, rows, starts, samples = plan.seqs, plan.rows, plan.starts, plan.samples
+        ends = starts + plan.counts
+        if self._ended:
+            alive = np.fromiter((s.status is Status.RUNNING for s in seqs), bool, len(seqs))
+            tokens = tokens[alive[samples]]
+            seqs = list(compress(seqs, alive.tolist()))
+            rows, starts, ends, samples = rows[alive], starts[alive], ends[alive], samples[alive]
+        self.tables.num_computed[rows] = ends
+        if self.allocator.enable_prefix_caching:
+            before, after = starts // self.block_size, ends // self.block_size
+            for i in np.flatnonzero(after > before).tolist():
+                self._publish(seqs[i], int(before[i]), int(after[i]))
+        if not samples.all():
+            seqs, rows = list(compress(seqs, samples.tolist())), rows[samples]
+        for seq, token in zip(seqs, tokens.tolist(), strict=True):
+            seq.token_ids.append(token)
+        self.tables.num_tokens[rows] += 1
+        self.tables.last_token[rows] = tokens
+
+    def _plan_running(self) -> Plan:
+        """Rules 2 and 4: shares the tokens out, finds pages, preempts."""
+        if self._ended:
+            self._running = [seq for seq in self._running if seq.status is Status.RUNNING]
+            self._running_rows, self._ended = None, False
+        if self._running_rows is None:
+            self._running_rows = np.array([seq.row for seq in self._running], np.int64)
+        running, rows = self._running, self._running_rows
+        starts = self.tables.num_computed[rows]
+        counts = self._share(self.tables.num_tokens[rows] - starts)
+        ends = starts + counts
+        copies: list[tuple[int, int]] = []
+        preempted, failed = [], []
+        # Few sequences need a page or a copy in a step; only those cost a turn in Python.
+        short = (ends > self.tables.capacity[rows]) | self.tables.forked[rows]
+        for i in np.flatnonzero(short & (counts > 0)).tolist():
+            if i >= len(running):
+                break  # preempted, and so is all behind it
+            seq, start, end = running[i], int(starts[i]), int(ends[i])
+            if self._outgrown(end):
+                counts[i] = 0
+                failed.append(self._fail(seq))
+                continue
+            while not self._grow(seq, start, end, copies):
+                victim = running.pop()
+                self._preempt(victim)
+                preempted.append(victim)
+                if victim is seq:
+                    break
+        self.allocator.free(list(self._sources.elements()))
+        self._sources.clear()
+        if preempted:
+            rows, starts, counts = (a[: len(running)] for a in (rows, starts, counts))
+            self._running_rows = rows
+        seqs = list(running)
+        served = counts > 0
+        if not served.all():
+            seqs = list(compress(seqs, served.tolist()))
+            rows, starts, counts = rows[served], starts[served], counts[served]
+        plan = Plan(seqs, rows, starts, counts)
+        plan.copies, plan.preempted, plan.failed = copies, preempted, failed
+        return plan
+
+    def _share(self, wanted: np.ndarray) -> np.ndarray:
+        """Deals max_num_batched_tokens out to the running sequences; counts [num_running]."""
+        budget, turn = self.max_num_batched_tokens, self._turn
+        self._turn = None
+        if wanted.sum() <= budget:
+            return wanted
+        first = bisect_left(self._running, turn, key=lambda s: s.order) if turn else 0
+        rolled = np.roll(wanted, -first)
+        given = np.clip(budget - (np.cumsum(rolled) - rolled), 0, rolled)
+        if not given.all():
+            left_out = int(np.argmin(given))
+            self._turn = self._running[(first + left_out) % len(wanted)].order
+        return np.roll(given, first)
+
+    def _grow(self, seq: Sequence, start: int, end: int, copies: list[tuple[int, int]]) -> bool:
+        """Gets the pages that computing tokens start .. end needs; False if too few are free."""
+        held, first = len(seq.pages), start // self.block_size
+        missing = max(0, self._pages_for(end) - held)
+        assert held + missing <= self.block_tables.shape[1], (
+            f"sequence {seq.seq_id} is past max_model_len={self.max_model_len}: finish it"
+        )
+        copy = False
+        if self.tables.forked[seq.row] and first < held:
+            page = seq.pages[first]
+            copy = self.allocator.refcount(page) - self._sources[page] > 1
+        if missing + copy > self.allocator.num_free:
+            return False
+        self.tables.forked[seq.row] = False
+        if copy:
+            (new,) = self.allocator.allocate(1)
+            copies.append((page, new))
+            self._sources[page] += 1
+            self.tables.replace(seq, first, new)
+        self.tables.extend(seq, self.allocator.allocate(missing))
+        return True
+
+    def _admit(self, plan: Plan) -> None:
+        """Rule 3: adds waiting sequences to the plan."""
+        seqs: list[Sequence] = []
+        starts: list[int] = []
+        counts: list[int] = []
+        budget = self.max_num_batched_tokens - plan.num_tokens
+        while budget > 0 and self.tables.free_rows:
+            seq = self._waiting.first()
+            if seq is None:
+                break
+            if self._outgrown(len(seq.token_ids)):
+                plan.failed.append(self._fail(seq))
+                continue
+            room = self._first_pages(seq)
+            if room is None:
+                break
+            pages, start = room
+            self._waiting.pop()
+            self._blocked = None
+            if seq.num_preemptions == 0:
+                seq.num_cached = start
+            self._run(seq, pages, start)
+            seqs.append(seq)
+            starts.append(start)
+            counts.append(min(budget, len(seq.token_ids) - start))
+            budget -= counts[-1]
+        if seqs:
+            plan.extend(seqs, starts, counts)
+
+    def _first_pages(self, seq: Sequence) -> tuple[list[int], int] | None:
+        """Pages for all tokens of a waiting sequence, and how many tokens are cached in them.
+
+        None if too few pages are free; nothing is taken then.
+        """
+        free = self.allocator.num_free
+        crowded = self.num_running > 0
+        if crowded and self._blocked is not None:
+            blocked, free_then = self._blocked
+            if blocked is seq and free <= free_then:
+                return None  # spares looking up a long prompt at every step
+        tokens = len(seq.token_ids)
+        digests: list[bytes] = []
+        if self.allocator.enable_prefix_caching and not seq.no_prefix_lookup:
+            # Never the whole sequence: the last token must be computed for its logits.
+            digests = seq.page_digests(0, (tokens - 1) // self.block_size, self.block_size)
+        found = self.allocator.peek(digests)
+        revived = sum(self.allocator.refcount(page) == 0 for page in found)
+        missing = self._pages_for(tokens) - len(found)
+        if missing + revived + (self.watermark if crowded else 0) > free:
+            assert crowded, "a sequence that fits the pool alone must be admitted when it is empty"
+            self._blocked = (seq, free)
+            return None
+        pages = self.allocator.lookup(digests) + self.allocator.allocate(missing)
+        return pages, len(found) * self.block_size
+
+    # Bookkeeping.
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def _register(self, seq: Sequence, arrival: int) -> None:
+        seq.seq_id, self._next_id = self._next_id, self._next_id + 1
+        seq.order = (arrival, seq.seq_id)
+        self._seqs[seq.seq_id] = seq
+
+    def _run(self, seq: Sequence, pages: list[int], computed: int) -> None:
+        seq.status = Status.RUNNING
+        self.tables.take(seq, pages, computed)
+        insort(self._running, seq, key=lambda s: s.order)
+        self._running_rows = None
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.allocator.free(self.tables.give_back(seq))
+        seq.num_preemptions += 1
+        self._waiting.push(seq)
+
+    def _outgrown(self, tokens: int) -> bool:
+        return self._pages_for(tokens) > self.allocator.num_usable
+
+    def _fail(self, seq: Sequence) -> Sequence:
+        tokens, usable = len(seq.token_ids), self.allocator.num_usable
+        seq.error = (
+            f"the sequence's {tokens} tokens need {tokens} / {self.block_size} = "
+            f"{self._pages_for(tokens)} KV pages, but the whole pool has {usable}: "
+            "ask for fewer tokens or give the KV cache more memory"
+        )
+        self._end(seq, Status.FAILED)
+        return seq
+
+    def _end(self, seq: Sequence, status: Status) -> None:
+        assert self._seqs.get(seq.seq_id) is seq, f"sequence {seq.seq_id} has ended already"
+        del self._seqs[seq.seq_id]
+        waited, seq.status = seq.status is Status.WAITING, status
+        if waited:
+            self._waiting.note_ended()
+        else:
+            self.allocator.free(self.tables.give_back(seq))
+            self._ended = True
+
+    def _publish(self, seq: Sequence, first: int, last: int) -> None:
+        digests = seq.page_digests(first, last, self.block_size)
+        for page, digest in zip(seq.pages[first:last], digests, strict=True):
+            self.allocator.publish(page, digest)
+
+    def check(self) -> None:
+        """Integrity, to be called when idle or between steps.
+
+        Raises:
+            AssertionError: a page or a row leaked or is used twice, or a table differs from the
+                sequences.
+        """
+        running = [seq for seq in self._running if seq.status is Status.RUNNING]
+        self.allocator.check([seq.pages for seq in running])
+        self.tables.check(running)
+        orders = [seq.order for seq in running]
+        assert orders == sorted(orders), f"running sequences out of order: {orders}"
+        ids = sorted(seq.seq_id for seq in running + self._waiting.check())
+        assert ids == sorted(self._seqs), f"{ids} run or wait, {sorted(self._seqs)} are known"

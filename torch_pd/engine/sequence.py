@@ -1,0 +1,98 @@
+"""Sequence: one output of one request, its tokens and its pages."""
+
+from collections.abc import Sequence as ListLike
+from enum import Enum
+from typing import Any
+
+from torch_pd.kv.pages import page_hashes
+
+
+class Status(Enum):
+    """Where a sequence stands."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+class Sequence:
+    """One output of one request: its tokens and its pages.
+
+    Args:
+        request_id: the engine's name of the request; the scheduler does not read it.
+        token_ids: the prompt; sampled tokens are appended (the list is copied).
+        max_total_len: prompt and output tokens at which the engine should finish it; default, and
+            at most, max_model_len.
+        no_prefix_lookup: compute the whole prompt although its pages may be cached, because its
+            logits are wanted (prompt_logprobs).
+        data: the engine's own (sampling state); the scheduler does not read it.
+    """
+
+    __slots__ = (
+        "data",
+        "digests",
+        "error",
+        "max_total_len",
+        "no_prefix_lookup",
+        "num_cached",
+        "num_preemptions",
+        "num_prompt",
+        "order",
+        "pages",
+        "request_id",
+        "row",
+        "seq_id",
+        "status",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        token_ids: ListLike[int],
+        *,
+        max_total_len: int | None = None,
+        no_prefix_lookup: bool = False,
+        data: Any = None,
+    ) -> None:
+        self.request_id = request_id
+        self.token_ids = list(token_ids)
+        self.num_prompt = len(self.token_ids)
+        self.max_total_len = max_total_len
+        self.no_prefix_lookup = no_prefix_lookup
+        self.data = data
+        self.seq_id = -1  # given by Scheduler.add and fork
+        self.order = (-1, -1)  # (seq_id of the request's first sequence, own seq_id)
+        self.status = Status.NEW
+        self.row = -1  # of the scheduler's tables, while it runs
+        self.pages: list[int] = []
+        self.digests: list[bytes] = []  # of its full pages, as far as they were needed
+        self.num_cached = 0  # prompt tokens found in the prefix cache
+        self.num_preemptions = 0
+        self.error: str | None = None  # why it failed
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.seq_id}, {self.status.value}, prompt={self.num_prompt}, "
+            f"output={self.num_output}, pages={self.pages})"
+        )
+
+    @property
+    def num_output(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def at_length_limit(self) -> bool:
+        """True once it holds max_total_len tokens; the engine finishes it then."""
+        return self.max_total_len is not None and len(self.token_ids) >= self.max_total_len
+
+    def page_digests(self, first: int, last: int, block_size: int) -> list[bytes]:
+        """Digests of its full pages ``first .. last``, each computed once."""
+        done = len(self.digests)
+        if last > done:
+            tokens = self.token_ids[done * block_size : last * block_size]
+            self.digests += page_hashes(tokens, block_size, self.digests[-1] if done else b"")
+        return self.digests[first:last]
