@@ -2,10 +2,44 @@
 // rounding at the end; a row is computed from its own inputs alone, in one order.
 #include "../fused.h"
 
-#include "convert.h"
+#include "float8.h"
 
 namespace torch_pd {
 namespace TORCH_PD_ISA {
+
+TPD_INLINE VF abs(VF x) { return bits_of<VF>(bits_of<VU>(x) & 0x7fffffff); }
+
+// In halves, so that the order does not depend on the row's width.
+TPD_INLINE float sum(VF x) {
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) x[i] += x[i + step];
+  }
+  return x[0];
+}
+
+TPD_INLINE float largest(VF x) {
+  float result = x[0];
+  for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+// n <= kLanes elements, the lanes behind them 0.
+template <typename T>
+TPD_INLINE VF load(const T* p, int64_t n) {
+  return n == kLanes ? load(p) : load_n(p, static_cast<int>(n));
+}
+template <typename T>
+TPD_INLINE void store(T* p, VF x, int64_t n) {
+  n == kLanes ? store(p, x) : store_n(p, x, static_cast<int>(n));
+}
+
+// The value that a store and a load leave.
+TPD_INLINE VF round_to(VF x, const float*) { return x; }
+template <typename T>
+TPD_INLINE VF round_to(VF x, const T* like) {
+  return widen(narrow(x, like), like);
+}
+
 namespace {
 
 // Calls body(column, lanes) over a row, whole vectors first.
@@ -18,9 +52,9 @@ inline __attribute__((always_inline)) void for_columns(int64_t width, Body&& bod
 
 template <typename T>
 inline float sum_of_squares(const T* row, int64_t width) {
-  Floats total{};
+  VF total{};
   for_columns(width, [&](int64_t c, int64_t n) {
-    const Floats x = load(row + c, n);
+    const VF x = load(row + c, n);
     total += x * x;
   });
   return sum(total);
@@ -39,10 +73,10 @@ void rms_norm(const RmsNorm& p, int64_t begin, int64_t end) {
     float squares;
     if (p.residual) {
       T* residual = static_cast<T*>(p.residual) + t * p.residual_token;
-      Floats total{};
+      VF total{};
       for_columns(p.width, [&](int64_t c, int64_t n) {
-        const Floats x = load(residual + c, n) + p.scale * load(row + c, n);
-        const Floats rounded = round_to(x, residual);
+        const VF x = load(residual + c, n) + p.scale * load(row + c, n);
+        const VF rounded = round_to(x, residual);
         store(residual + c, rounded, n);
         total += rounded * rounded;
       });
@@ -60,56 +94,75 @@ void rms_norm(const RmsNorm& p, int64_t begin, int64_t end) {
 
 // e^-(a + b) for a >= 0 and a b that is at most a rounding error of a. Cephes' polynomial; the two
 // halves of 2^n keep denormal results.
-inline Floats exp_minus(Floats a, Floats b) {
-  a = a > 105.0f ? splat(105.0f) : a;                     // e^-105 is 0 in float32
-  const Floats shifted = a * -1.44269504f + 12582912.0f;  // the low bits are the rounded integer
-  const Floats n = shifted - 12582912.0f;
-  const Floats r = ((-a - n * 0.693359375f) - n * -2.12194440e-4f) - b;
-  Floats p = splat(1.9875691500e-4f);
+inline VF exp_minus(VF a, VF b) {
+  a = a > 105.0f ? splat(105.0f) : a;                 // e^-105 is 0 in float32
+  const VF shifted = a * -1.44269504f + 12582912.0f;  // the low bits are the rounded integer
+  const VF n = shifted - 12582912.0f;
+  const VF r = ((-a - n * 0.693359375f) - n * -2.12194440e-4f) - b;
+  VF p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  const Floats e = p * (r * r) + r + 1.0f;
-  const Ints exponent = bit_cast<Ints>(shifted) - 0x4b400000, half = exponent >> 1;
-  return e * bit_cast<Floats>((half + 127) << 23) * bit_cast<Floats>((exponent - half + 127) << 23);
+  const VF e = p * (r * r) + r + 1.0f;
+  const VI exponent = bits_of<VI>(shifted) - 0x4b400000, half = exponent >> 1;
+  return e * bits_of<VF>((half + 127) << 23) * bits_of<VF>((exponent - half + 127) << 23);
 }
 
-// A float64 vector as a float32 vector and what is left of it: exponents need the digits.
+// high + low: exponents of e need more digits than a float32 has.
 struct Pair {
-  Floats high, low;
+  VF high, low;
 };
-inline Pair split(Doubles x) {
-  x = x > 110.0 ? Doubles{} + 110.0 : x;
-  const Floats high = __builtin_convertvector(x, Floats);
-  return {high, __builtin_convertvector(x - __builtin_convertvector(high, Doubles), Floats)};
+
+// a * b exactly.
+TPD_INLINE Pair product(VF a, VF b) {
+  const VF high = a * b;
+#if defined(__AVX2__)
+  return {high, fma(a, b, -high)};
+#else
+  // Dekker: halves of 12 bits, whose products are exact.
+  const VF a_shift = a * 4097.0f, b_shift = b * 4097.0f;
+  const VF a_high = a_shift - (a_shift - a), b_high = b_shift - (b_shift - b);
+  const VF a_low = a - a_high, b_low = b - b_high;
+  return {high, ((a_high * b_high - high) + a_high * b_low + a_low * b_high) + a_low * b_low};
+#endif
+}
+
+// a + b exactly (Knuth).
+TPD_INLINE Pair exact_sum(VF a, VF b) {
+  const VF high = a + b, part = high - a;
+  return {high, (a - (high - part)) + (b - part)};
 }
 
 // x * sigmoid(y) for |y| = a + b with the sign of x.
-inline Floats times_sigmoid(Floats x, Floats a, Floats b) {
-  const Floats e = exp_minus(a, b);
+inline VF times_sigmoid(VF x, VF a, VF b) {
+  const VF e = exp_minus(a, b);
   return (x < 0.0f ? x * e : x) / (1.0f + e);
 }
 
 template <Activation kind>
-inline Floats activate(Floats x) {
+inline VF activate(VF x) {
   if constexpr (kind == Activation::kSilu) {
-    return times_sigmoid(x, abs(x), Floats{});
+    return times_sigmoid(x, abs(x), VF{});
   } else if constexpr (kind == Activation::kGeluTanh) {
-    // (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-    const Doubles z = __builtin_convertvector(abs(x), Doubles);
-    const Pair y = split(z * (1.5957691216057308 + 0.07135481627260025 * (z * z)));
-    return times_sigmoid(x, y.high, y.low);
+    // (1 + tanh(u)) / 2 = sigmoid(2 u), 2 u = z (c + d z^2), c = sqrt(8 / pi), d = 0.044715 c
+    VF z = abs(x);
+    z = z > 16.0f ? splat(16.0f) : z;  // sigmoid is 0 or 1 there
+    const Pair square = product(z, z), dz = product(square.high, splat(0.0713548139f));
+    const Pair factor = exact_sum(splat(1.59576917f), dz.high);
+    const VF rest =
+        dz.low + square.low * 0.0713548139f + square.high * 2.39883247e-09f + -4.53406805e-08f;
+    const Pair y = product(z, factor.high);
+    return times_sigmoid(x, y.high, y.low + z * (factor.low + rest));
   } else {
     // x Phi(x); Phi(-z) = e^(-z^2 / 2) f(t) / (z + 4), t = (z - 4) / (z + 4): minimax fit of f to
     // z = 14.5, relative error 6e-8. Behind that Phi(-z) z is 0 in float32.
-    Floats z = abs(x);
-    const Doubles wide = __builtin_convertvector(z, Doubles);
-    const Pair y = split(0.5 * (wide * wide));
+    VF z = abs(x);
     z = z > 14.5f ? splat(14.5f) : z;
-    const Floats r = 1.0f / (z + 4.0f), t = (z - 4.0f) * r;
-    Floats f = splat(-1.319728383e-04f);
+    const Pair square = product(z, z);
+    const VF r = 1.0f / (z + 4.0f), t = (z - 4.0f) * r;
+    VF f = splat(-1.319728383e-04f);
     f = f * t + 1.793522928e-04f;
     f = f * t + 1.569923309e-03f;
     f = f * t + -3.512552671e-03f;
@@ -119,7 +172,7 @@ inline Floats activate(Floats x) {
     f = f * t + 3.871369011e-01f;
     f = f * t + -6.078965883e-01f;
     f = f * t + 7.552851354e-01f;
-    const Floats tail = exp_minus(y.high, y.low) * (f * r);
+    const VF tail = exp_minus(0.5f * square.high, 0.5f * square.low) * (f * r);
     return x * (x < 0.0f ? tail : 1.0f - tail);
   }
 }
@@ -155,16 +208,16 @@ void gated_act_of(const GatedAct& p, const int64_t* widths, int64_t shards, int6
 // One head into a float8 cache: scale = amax / 448, 1 if that is 0.
 template <typename T>
 void write_float8(const T* from, int64_t width, uint8_t* to, float* scale) {
-  Floats largest{};
+  VF most{};
   for_columns(width, [&](int64_t c, int64_t n) {
-    const Floats x = abs(load(from + c, n));
-    largest = x > largest ? x : largest;
+    const VF x = abs(load(from + c, n));
+    most = x > most ? x : most;
   });
-  const float amax = max(largest) / 448.0f;
+  const float amax = largest(most) / 448.0f;
   *scale = amax > 0.0f ? amax : 1.0f;
-  const Floats divisor = splat(*scale);
+  const VF divisor = splat(*scale);
   for_columns(width, [&](int64_t c, int64_t n) {
-    const Bytes bytes = narrow_e4m3(load(from + c, n) / divisor);
+    const VB bytes = narrow_e4m3(load(from + c, n) / divisor);
     __builtin_memcpy(to + c, &bytes, n);
   });
 }
@@ -201,7 +254,7 @@ void write_float8_rows_of(const WriteKV& p, int64_t begin, int64_t end) {
 template <typename T>
 void read_float8_of(const uint8_t* from, float scale, T* to, int64_t count) {
   for_columns(count, [&](int64_t c, int64_t n) {
-    Bytes bytes{};
+    VB bytes{};
     __builtin_memcpy(&bytes, from + c, n);
     store(to + c, widen_e4m3(bytes) * scale, n);
   });
@@ -227,7 +280,7 @@ void norm_and_rotate(const RopeWriteKV& p, const T* from, const T* weight, float
   }
   const int64_t half = p.rope_dim / 2;
   for_columns(half, [&](int64_t c, int64_t n) {
-    const Floats a = load(head + c, n), b = load(head + half + c, n);
+    const VF a = load(head + c, n), b = load(head + half + c, n);
     store(head + c, a * load(cos + c, n) - b * load(sin + c, n), n);
     store(head + half + c, b * load(cos + half + c, n) + a * load(sin + half + c, n), n);
   });

@@ -25,6 +25,8 @@ constexpr int kLanes = 4;
 
 typedef float VF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VU __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VH __attribute__((vector_size(kLanes * 2)));
 
 struct BF16 {
   uint16_t bits;
@@ -138,35 +140,58 @@ TPD_INLINE void store_n(T* p, VF v, int n) {
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), narrow(v, p));
 }
 #else
-#if defined(__AVX2__)
-TPD_INLINE VF load(const BF16* p) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+TPD_INLINE VF widen(VH x, const BF16*) { return bits_of<VF>(__builtin_convertvector(x, VU) << 16); }
+TPD_INLINE VH narrow(VF v, const BF16*) {
+  const VU bits = bits_of<VU>(v);
+  const VU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v != v ? VU{} + 0x7fc0 : rounded, VH);
 }
-TPD_INLINE VF load(const F16* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#if defined(__F16C__)
+TPD_INLINE VF widen(VH x, const F16*) { return _mm256_cvtph_ps(bits_of<__m128i>(x)); }
+TPD_INLINE VH narrow(VF v, const F16*) {
+  return bits_of<VH>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-template <typename T>
-TPD_INLINE VF load(const T* p) {
-  VF v;
-  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
-  return v;
+TPD_INLINE VF widen(VH x, const F16*) {
+  const VU bits = __builtin_convertvector(x, VU), size = bits & 0x7fff;
+  const VU normal = (size << 13) + (size >= 0x7c00 ? VU{} + (224u << 23) : VU{} + (112u << 23));
+  const VU tiny = bits_of<VU>(__builtin_convertvector(bits_of<VI>(size), VF) * 0x1p-24f);
+  return bits_of<VF>((size < 0x400 ? tiny : normal) | ((bits & 0x8000) << 16));
+}
+TPD_INLINE VH narrow(VF v, const F16*) {
+  const VU bits = bits_of<VU>(v), size = bits & 0x7fffffff;
+  const VU normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+  const VU tiny = bits_of<VU>(bits_of<VF>(size) + 0.5f) - 0x3f000000;  // rounds at 2^-24
+  VU half = size < (113u << 23) ? tiny : normal;
+  half = size >= 0x477ff000 ? VU{} + 0x7c00 : half;  // 65520 and more
+  half = size > 0x7f800000 ? VU{} + 0x7e00 : half;
+  return __builtin_convertvector(half | ((bits >> 16) & 0x8000), VH);
 }
 #endif
+
 template <typename T>
-TPD_INLINE void store(T* p, VF v) {
-  for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
+TPD_INLINE VF load(const T* p) {
+  VH bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return widen(bits, p);
 }
 template <typename T>
+TPD_INLINE void store(T* p, VF v) {
+  const VH bits = narrow(v, p);
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+// The first n elements, zeros after them; nothing past them is touched.
+template <typename T>
 TPD_INLINE VF load_n(const T* p, int n) {
-  float part[kLanes] = {};
-  for (int i = 0; i < n; ++i) part[i] = to_float(p[i]);
+  T part[kLanes] = {};
+  __builtin_memcpy(part, p, n * sizeof(T));
   return load(part);
 }
 template <typename T>
 TPD_INLINE void store_n(T* p, VF v, int n) {
-  for (int i = 0; i < n; ++i) from_float(v[i], p + i);
+  T part[kLanes];
+  store(part, v);
+  __builtin_memcpy(p, part, n * sizeof(T));
 }
 #endif
 
