@@ -9,7 +9,6 @@ Build-time settings (environment, never read at run time):
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from setuptools import Extension, setup

@@ -1,9 +1,9 @@
 """Typed faces of ``torch.ops.torch_pd.*``: shapes, meanings, fakes.
 
 Letters in shapes: ``T`` tokens, ``H`` query heads, ``Hkv`` KV heads, ``D`` head_dim, ``P`` pages,
-``B`` block_size, ``S`` sequences. A layer's ``k_cache, v_cache [P, B, Hkv, D]`` are strided views of
-a pool (any page stride, last dimension contiguous). Slots are int64 ``page * B + offset`` with -1 as
-padding; block table entries are int32 ``place << 28 | page`` (docs/layouts.md).
+``B`` block_size, ``S`` sequences. A layer's ``k_cache, v_cache [P, B, Hkv, D]`` are strided views
+of a pool (any page stride, last dimension contiguous). Slots are int64 ``page * B + offset`` with
+-1 as padding; block table entries are int32 ``place << 28 | page`` (docs/layouts.md).
 
 Every op checks shapes, dtypes, strides and devices and raises RuntimeError naming the op and both
 values. On CPU the values inside index tensors are checked as well.
@@ -37,6 +37,18 @@ _ops = torch.ops.torch_pd
 def has_cuda_ops() -> bool:
     """True if the CUDA bodies are built and this torch can use them. Does not touch a GPU."""
     return _CUDA_LIBRARY.exists() and torch.version.cuda is not None
+
+
+def cuda_status() -> str:
+    """One line on the CUDA bodies: built and usable, or what to do."""
+    if torch.version.cuda is None:
+        return "not usable: this torch is a CPU build"
+    if not _CUDA_LIBRARY.exists():
+        return (
+            "not built: install CUDA's nvcc, then TORCH_PD_CUDA=ON pip install "
+            "--no-build-isolation --no-deps -e ."
+        )
+    return "built"
 
 
 def cpu_isa() -> str:
@@ -125,8 +137,8 @@ def rope_write_kv(
     ``qkv [T, (H + 2 Hkv) * D]`` holds q, k, v heads, in blocks ``q0 k0 v0 q1 k1 v1 ...`` if
     ``shard_heads`` (KV heads of each shard) is given. ``q [T, H, D]`` is the output; k and v go to
     ``slots [T]`` (-1: q only). ``cos, sin [T, R]`` as Hugging Face makes them (half rotation over
-    the first R dimensions; float32 or qkv's dtype); None rotates nothing. ``q_norm, k_norm``: ``[D]``
-    normalises each head, ``[H * D]`` and ``[Hkv * D]`` all heads at once; the factor is
+    the first R dimensions; float32 or qkv's dtype); None rotates nothing. ``q_norm, k_norm``:
+    ``[D]`` normalises each head, ``[H * D]`` and ``[Hkv * D]`` all heads at once; the factor is
     ``norm_offset + weight``. Arithmetic is float32.
     """
     _ops.rope_write_kv(
@@ -169,8 +181,8 @@ def paged_attention(
     """Causal attention of packed queries ``q [T, H, D]`` over paged keys and values into ``out``.
 
     Sequence i owns queries ``query_start[i]:query_start[i + 1]``; they are the last ones of its
-    ``seq_lens[i]`` tokens, all of which are in the cache already. ``window`` 0 is none, else a query
-    sees keys less than ``window`` back. ``soft_cap`` 0 is none, else scores become
+    ``seq_lens[i]`` tokens, all of which are in the cache already. ``window`` 0 is none, else a
+    query sees keys less than ``window`` back. ``soft_cap`` 0 is none, else scores become
     ``soft_cap * tanh(score / soft_cap)``. ``sinks`` float32 ``[H]`` join the softmax without a
     value. ``places`` int64 ``[N, 2]`` (base address, pages) resolves block table entries of other
     pools; row 0 is this pool. ``lse`` float32 ``[T, H]`` receives the natural log-sum-exp of the
@@ -237,8 +249,8 @@ def gated_act(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``out [M, N] = x [M, K] @ weight [N, K].T + bias [N]``, float32 accumulation, CPU only.
 
-    A row of ``out`` depends on its row of ``x`` alone, bit for bit, whatever M is: batching does not
-    change a result.
+    A row of ``out`` depends on its row of ``x`` alone, bit for bit, whatever M is: batching does
+    not change a result.
     """
     _ops.linear(x, weight, bias, out)
 

@@ -1,0 +1,204 @@
+"""Throughput of the engine beside transformers on one machine, all in one run.
+
+    python bench/throughput.py [--model FOLDER] [--json FILE]
+
+The work: prompts of 20 to 120 words, a fixed number of output tokens, greedy. The engine's tokens
+are compared with transformers'. Prints tokens/s, the ratio to transformers' padded float32
+generate, and the share of the measured GEMM peak that the work's FLOPs amount to.
+"""
+
+import argparse
+import json
+import platform
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import torch_pd
+from torch_pd import LLM, SamplingParams, ops
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from smollm2 import prepare
+
+WORDS = (
+    "the river ran slowly past old stone houses while children carried bread and letters from one "
+    "village to another under a pale winter sky and nobody asked why the bell had not rung since "
+    "morning or where the miller kept his second key because everyone knew that questions cost "
+    "more than silence in a year when grain was short and neighbours counted every candle"
+).split()
+
+
+def make_prompts(count: int, seed: int = 0) -> list[str]:
+    """Prompts of 20 to 120 words."""
+    rng = random.Random(seed)
+    return [
+        "Continue this story: " + " ".join(rng.choices(WORDS, k=rng.randint(20, 120)))
+        for _ in range(count)
+    ]
+
+
+def gemm_peak() -> float:
+    """FLOP/s of a large float32 matrix product on all threads: the limit that shares refer to."""
+    a = torch.randn(2048, 2048)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times)
+
+
+def model_flops(model: torch.nn.Module, tokens: int, sampled: int) -> float:
+    """FLOPs of the linears: every token through the blocks, lm_head on sampled rows only."""
+    head = model.get_output_embeddings().weight.numel()
+    blocks = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    )
+    return 2.0 * (blocks * tokens + head * sampled)
+
+
+def run_padded(folder: Path, prompts: list[str], out: int) -> tuple[float, list[list[int]]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    options = {"max_new_tokens": out, "min_new_tokens": out, "do_sample": False}
+    start = time.perf_counter()
+    result = model.generate(**batch, **options)
+    seconds = time.perf_counter() - start
+    return seconds, result[:, batch.input_ids.shape[1] :].tolist()
+
+
+def run_generate_batch(folder: Path, prompts: list[str], out: int) -> tuple[float, list[list[int]]]:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="paged|sdpa"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = GenerationConfig(
+        max_new_tokens=out, min_new_tokens=out, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    inputs = [tokenizer(text).input_ids for text in prompts]
+    start = time.perf_counter()
+    result = model.generate_batch(inputs=inputs, generation_config=config, progress_bar=False)
+    seconds = time.perf_counter() - start
+    # Results are keyed by request; their order of arrival is the order of the prompts.
+    ordered = sorted(result.items(), key=lambda item: int(item[0].rsplit("_", 1)[-1]))
+    return seconds, [list(output.generated_tokens) for _, output in ordered]
+
+
+def run_torch_pd(
+    folder: Path, prompts: list[str], out: int, dtype: str, repeats: int
+) -> tuple[float, list[list[int]], dict[str, Any]]:
+    params = SamplingParams(temperature=0.0, max_tokens=out, ignore_eos=True)
+    with LLM(folder, dtype=dtype, enable_prefix_caching=False) as llm:
+        llm.generate(prompts[:2], SamplingParams(max_tokens=2), use_tqdm=False)
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            seconds.append(time.perf_counter() - start)
+        stats = llm.stats()
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    return sorted(seconds)[len(seconds) // 2], tokens, stats
+
+
+def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """Share of sequences whose tokens are all equal."""
+    return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="model folder (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--num-prompts", type=int, default=32)
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3, help="of the engine's runs; median")
+    parser.add_argument("--skip-peers", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    folder = args.model or prepare()
+    prompts = make_prompts(args.num_prompts)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt_tokens = sum(len(tokenizer(text).input_ids) for text in prompts)
+    output_tokens = args.num_prompts * args.output_len
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    flops = model_flops(model, prompt_tokens + output_tokens - args.num_prompts, output_tokens)
+    del model
+    peak = gemm_peak()
+
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, seconds: float, tokens: list[list[int]]) -> None:
+        reference = rows[0] if rows else None
+        rows.append(
+            {
+                "engine": name,
+                "seconds": seconds,
+                "output_tokens_per_second": output_tokens / seconds,
+                "ratio": reference["seconds"] / seconds if reference else 1.0,
+                "share_of_gemm_peak": flops / seconds / peak,
+                "equal_sequences": agreement(tokens, reference["tokens"]) if reference else 1.0,
+                "tokens": tokens,
+            }
+        )
+
+    if not args.skip_peers:
+        add("transformers generate, padded, float32", *run_padded(folder, prompts, args.output_len))
+        add(
+            "transformers generate_batch, float32",
+            *run_generate_batch(folder, prompts, args.output_len),
+        )
+    for dtype in ("float32", "bfloat16"):
+        seconds, tokens, _ = run_torch_pd(folder, prompts, args.output_len, dtype, args.repeats)
+        add(f"torch_pd, {dtype}", seconds, tokens)
+
+    print(
+        f"{args.num_prompts} prompts, {prompt_tokens} prompt tokens, {output_tokens} output "
+        f"tokens, {torch.get_num_threads()} threads, {ops.cpu_isa()}, GEMM peak {peak / 1e9:.0f} GFLOP/s"
+    )
+    print(f"{'engine':42} {'tok/s':>7} {'ratio':>6} {'of peak':>8} {'equal':>6}")
+    for row in rows:
+        print(
+            f"{row['engine']:42} {row['output_tokens_per_second']:7.1f} {row['ratio']:6.2f} "
+            f"{row['share_of_gemm_peak']:8.1%} {row['equal_sequences']:6.0%}"
+        )
+    if args.json:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        for row in rows:
+            del row["tokens"]
+        args.json.write_text(
+            json.dumps(
+                {
+                    "command": " ".join(sys.argv),
+                    "cpu": platform.processor() or platform.machine(),
+                    "threads": torch.get_num_threads(),
+                    "isa": ops.cpu_isa(),
+                    "versions": {
+                        "torch": torch.__version__,
+                        "transformers": transformers.__version__,
+                        "torch_pd": torch_pd.__version__,
+                    },
+                    "commit": commit,
+                    "prompt_tokens": prompt_tokens,
+                    "output_tokens": output_tokens,
+                    "gemm_peak_flops": peak,
+                    "rows": rows,
+                },
+                indent=1,
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

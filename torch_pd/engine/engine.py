@@ -1,0 +1,499 @@
+"""Engine: requests in, tokens out. Ties scheduler, runner, sampler and detokenizer together."""
+
+import logging
+import time
+import warnings
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+from itertools import compress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from torch_pd import ops
+from torch_pd.config import EngineConfig
+from torch_pd.engine.detokenizer import Detokenizer
+from torch_pd.engine.draw import derive_seed
+from torch_pd.engine.runner import Runner
+from torch_pd.engine.sampler import Sampler, SamplingRow
+from torch_pd.engine.scheduler import Plan, Scheduler
+from torch_pd.engine.sequence import Sequence
+from torch_pd.kv.pages import PageAllocator
+from torch_pd.nn.patch import is_patched, kv_shape, new_pool, patch_model, unpatch_model
+from torch_pd.request import (
+    CompletionOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+)
+from torch_pd.sizing import GIB, cpu_kv_bytes, fit_model_len, gpu_kv_bytes, pages_of_budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+PROMPT_LOGPROB_TOKENS = 512
+"""Tokens of a step while prompt log-probabilities are wanted: each needs a row of logits."""
+
+
+def resolve_device(config: EngineConfig) -> str:
+    """ "cuda" or "cpu" for this config on this machine; see `EngineConfig.resolve_device`."""
+    gpu = torch.cuda.is_available()
+    if gpu and not ops.has_cuda_ops() and config.device == "auto":
+        warnings.warn(
+            f"a GPU is there, but the CUDA ops of torch_pd are {ops.cuda_status()}; running on "
+            "the CPU",
+            stacklevel=3,
+        )
+    return config.resolve_device(gpu and ops.has_cuda_ops())
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A checked prompt and its parameters."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+class _Output:
+    """One of the n outputs of a running request."""
+
+    __slots__ = ("detokenizer", "index", "logprobs", "reason", "row", "stop_reason", "total")
+
+    def __init__(self, index: int, row: SamplingRow, detokenizer: Detokenizer | None):
+        self.index = index
+        self.row = row
+        self.detokenizer = detokenizer
+        self.logprobs: list[dict[int, Logprob]] = []
+        self.total = 0.0
+        self.reason: str | None = None
+        self.stop_reason: int | str | None = None
+
+
+class _Running:
+    """A request under way."""
+
+    __slots__ = (
+        "arrival",
+        "first_token",
+        "num_cached",
+        "outputs",
+        "prompt_logprobs",
+        "request",
+        "seed",
+        "sequences",
+        "stream",
+        "unfinished",
+    )
+
+    def __init__(self, request: Request, seed: int, stream: bool):
+        self.request = request
+        self.seed = seed
+        self.stream = stream
+        self.arrival = time.monotonic()
+        self.first_token: float | None = None
+        self.num_cached: int | None = None
+        self.unfinished = request.params.n
+        self.sequences: list[Sequence] = []
+        self.outputs: list[_Output] = []
+        wanted = request.params.prompt_logprobs is not None
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = [None] if wanted else None
+
+
+class Engine:
+    """Continuous batching over one model and one pool of KV pages.
+
+    Args:
+        model: a causal LM on its device; patched in place if it is not yet.
+        tokenizer: for text and stop strings; None if only token ids are used.
+        config: settings.
+
+    Raises:
+        ValueError: memory does not suffice or a setting contradicts the model.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase | None",
+        config: EngineConfig,
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.model = model
+        self.vocab_size = int(model.config.get_text_config().vocab_size)
+        self._patched_here = not is_patched(model)
+        if self._patched_here:
+            patch_model(model, config)
+        try:
+            self._set_up(model)
+        except BaseException:
+            if self._patched_here:
+                unpatch_model(model)
+            raise
+
+    def _set_up(self, model: "PreTrainedModel") -> None:
+        config = self.config
+        parameter = next(model.parameters())
+        shape = kv_shape(model, config.block_size)
+        if config.kv_cache_gib is not None:
+            budget, setting = int(config.kv_cache_gib * GIB), f"kv_cache_gib={config.kv_cache_gib}"
+        elif parameter.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(parameter.device)
+            budget = gpu_kv_bytes(free, total, config.gpu_memory_share)
+            setting = f"gpu_memory_utilization={config.gpu_memory_share}"
+        else:
+            budget, setting = cpu_kv_bytes(_available_memory()), "40% of the available memory"
+        num_pages = pages_of_budget(shape, budget, setting)
+        model_max = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_model_len, remark = fit_model_len(
+            int(model_max or 1 << 30), config.max_model_len, num_pages, config.block_size
+        )
+        if remark:
+            logger.warning(remark)
+        self.pool = new_pool(model, num_pages, config.block_size)
+        self.allocator = PageAllocator(
+            num_pages, enable_prefix_caching=config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            self.allocator,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+        )
+        self.runner = Runner(model, self.pool, self.scheduler)
+        self.eos_token_ids = _eos_token_ids(model, self.tokenizer)
+        self.sampler = Sampler(self.vocab_size, self.eos_token_ids)
+        self._requests: dict[str, _Running] = {}
+        self._num_calls = 0
+        self._num_requests = 0
+        self._num_prompt_logprobs = 0
+        self._counts = dict.fromkeys(
+            ("steps", "prompt_tokens", "output_tokens", "preemptions", "finished_requests"), 0
+        )
+        self._seconds = 0.0
+        self._decoded: dict[int, str] = {}
+
+    # Requests.
+
+    def next_call(self) -> int:
+        """A number for the request ids of one call."""
+        self._num_calls += 1
+        return self._num_calls
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError if the request could never run here."""
+        ids, params = request.prompt_token_ids, request.params
+        largest = max(ids)
+        if largest >= self.vocab_size:
+            raise ValueError(
+                f"token id {largest} is past the vocabulary of {self.vocab_size} tokens"
+            )
+        if len(ids) > self.max_model_len - 1:
+            capacity = self.allocator.num_usable * self.config.block_size
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, but max_model_len={self.max_model_len} leaves "
+                f"room for {self.max_model_len - 1} before the first output token (the KV pool "
+                f"holds {capacity}): shorten the prompt, or raise max_model_len or kv_cache_gib"
+            )
+        params.check_vocabulary(self.vocab_size)
+        if params.stop_strings and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer: give tokenizer=..., or stop_token_ids")
+
+    def add(self, request: Request, *, stream: bool = False) -> None:
+        """Queues a checked request.
+
+        Args:
+            request: its request_id must not be in use.
+            stream: report it from `step` whenever it grew, not only when it finished.
+        """
+        if request.request_id in self._requests:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        params, ids = request.params, request.prompt_token_ids
+        seed = params.seed
+        if seed is None:
+            seed = derive_seed(self.config.seed, self._num_requests)
+        self._num_requests += 1
+        running = _Running(request, seed, stream)
+        limit = self.max_model_len
+        if params.max_tokens is not None:
+            limit = min(limit, len(ids) + params.max_tokens)
+        sequence = Sequence(
+            request.request_id,
+            ids,
+            max_total_len=limit,
+            no_prefix_lookup=params.prompt_logprobs is not None,
+        )
+        self._new_output(running, sequence)
+        self.scheduler.add(sequence)
+        self._requests[request.request_id] = running
+        self._num_prompt_logprobs += running.prompt_logprobs is not None
+
+    def abort(self, request_id: str) -> None:
+        """Drops a request with all its outputs; does nothing if it has finished."""
+        running = self._requests.get(request_id)
+        if running is not None:
+            for sequence in running.sequences:
+                self.scheduler.abort(sequence.seq_id)
+            self._forget(running)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True while a request waits or runs."""
+        return bool(self._requests)
+
+    def _new_output(self, running: _Running, sequence: Sequence) -> None:
+        request = running.request
+        row = SamplingRow(
+            request.params,
+            request.prompt_token_ids,
+            seed=running.seed,
+            index=len(running.outputs),
+            request_id=request.request_id,
+        )
+        detokenizer = None
+        if self.tokenizer is not None and request.params.detokenize:
+            detokenizer = Detokenizer(
+                self.tokenizer, request.prompt_token_ids, request.params, stream=running.stream
+            )
+        sequence.data = output = _Output(len(running.outputs), row, detokenizer)
+        running.outputs.append(output)
+        running.sequences.append(sequence)
+
+    def _forget(self, running: _Running) -> None:
+        del self._requests[running.request.request_id]
+        self._num_prompt_logprobs -= running.prompt_logprobs is not None
+        if not self._requests:
+            self.scheduler.check()
+
+    # Steps.
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one step; outputs of requests that finished and of streamed ones that grew.
+
+        Raises:
+            RuntimeError: the step failed (logits with NaN, ...). Every request is dropped then, and
+                the engine can go on with new ones.
+        """
+        start = time.perf_counter()
+        try:
+            grown = self._step()
+        except BaseException:
+            for request_id in list(self._requests):
+                self.abort(request_id)
+            raise
+        self._seconds += time.perf_counter() - start
+        self._counts["steps"] += 1
+        outputs = []
+        for running in grown:
+            finished = running.unfinished == 0
+            if finished or running.stream:
+                outputs.append(self._report(running, finished))
+            if finished:
+                self._counts["finished_requests"] += 1
+                self._forget(running)
+        return outputs
+
+    def _step(self) -> list[_Running]:
+        scheduler, budget = self.scheduler, self.config.max_num_batched_tokens
+        if self._num_prompt_logprobs:
+            budget = min(budget, PROMPT_LOGPROB_TOKENS)
+        scheduler.max_num_batched_tokens = budget
+        plan = scheduler.schedule()
+        # max_model_len never exceeds the pool, so a sequence cannot outgrow it.
+        assert not plan.failed, plan.failed[0].error
+        if not plan.seqs:
+            return []
+        try:
+            tokens, logprobs = self._run(plan)
+        except BaseException:
+            scheduler.cancel(plan)
+            raise
+        sampled = list(compress(plan.seqs, plan.samples.tolist()))
+        scheduler.update(plan, tokens)
+        self._counts["preemptions"] += len(plan.preempted)
+        self._counts["output_tokens"] += len(sampled)
+        grown: dict[str, _Running] = {}
+        for sequence, token, entry in zip(sampled, tokens, logprobs, strict=True):
+            running = self._requests[sequence.request_id]
+            grown[sequence.request_id] = running
+            self._advance(running, sequence, token, entry)
+        return list(grown.values())
+
+    def _run(self, plan: Plan) -> tuple[list[int], list[dict[int, Logprob] | None]]:
+        """Tokens and log-probabilities of the sequences that sample in this plan."""
+        ends = np.cumsum(plan.counts)
+        last = ends[plan.samples] - 1
+        rows = [seq.data.row for seq in compress(plan.seqs, plan.samples.tolist())]
+        if not self._num_prompt_logprobs:
+            output = self.sampler(self.runner.run(plan, last), rows)
+            return output.token_ids, output.logprobs
+        wanted: list[tuple[_Running, int, int, int]] = []  # request, first row, position, rows
+        for i, seq in enumerate(plan.seqs):
+            running = self._requests[seq.request_id]
+            start, count = int(plan.starts[i]), int(plan.counts[i])
+            count = min(count, seq.num_prompt - 1 - start)
+            known = running.prompt_logprobs
+            # A sequence that was preempted computes positions again that were reported already.
+            if known is not None and seq.data.index == 0 and start + count >= len(known) > start:
+                skip = len(known) - 1 - start
+                first = int(ends[i] - plan.counts[i]) + skip
+                wanted.append((running, first, start + skip, count - skip))
+        extra = [np.arange(first, first + count) for _, first, _, count in wanted]
+        logits = self.runner.run(plan, np.concatenate([last, *extra]))
+        at = len(last)
+        for running, _, position, count in wanted:
+            request = running.request
+            entries = self.sampler.prompt_logprobs(
+                logits[at : at + count],
+                request.prompt_token_ids[position + 1 : position + 1 + count],
+                request.params.prompt_logprobs or 0,
+            )
+            assert running.prompt_logprobs is not None
+            running.prompt_logprobs += [self._named(entry) for entry in entries]
+            at += count
+        output = self.sampler(logits[: len(last)], rows)
+        return output.token_ids, output.logprobs
+
+    def _advance(
+        self, running: _Running, sequence: Sequence, token: int, entry: dict[int, Logprob] | None
+    ) -> None:
+        """Records a new token of a sequence and ends it if it should."""
+        params, output = running.request.params, sequence.data
+        if running.first_token is None:
+            running.first_token = time.monotonic()
+            running.num_cached = sequence.num_cached
+            self._counts["prompt_tokens"] += sequence.num_prompt
+        if output.row.position == 0 and output.index == 0 and params.n > 1:
+            for child in self.scheduler.fork(sequence, params.n - 1):
+                self._new_output(running, child)
+        output.row.append(token)
+        if entry is not None:
+            output.logprobs.append(self._named(entry))
+            output.total += entry[token].logprob
+        enough = output.row.position >= params.min_tokens
+        if enough and token in params.stop_ids:
+            output.reason, output.stop_reason = "stop", token
+        elif enough and not params.ignore_eos and token in self.eos_token_ids:
+            output.reason = "stop"
+        elif output.detokenizer is not None:
+            stop = output.detokenizer.append([token], check_stop=enough)
+            if stop is not None:
+                output.reason, output.stop_reason = "stop", stop
+        if output.reason is None and sequence.at_length_limit:
+            output.reason = "length"
+        if output.reason is not None:
+            if output.detokenizer is not None:
+                output.detokenizer.finish()
+            self.scheduler.finish(sequence)
+            running.unfinished -= 1
+
+    def _named(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
+        """The entry with decoded tokens, if there is a tokenizer."""
+        if self.tokenizer is None:
+            return entry
+        for token in entry:
+            if token not in self._decoded:
+                self._decoded[token] = self.tokenizer.decode([token])
+        return {
+            token: Logprob(item.logprob, item.rank, self._decoded[token])
+            for token, item in entry.items()
+        }
+
+    def _report(self, running: _Running, finished: bool) -> RequestOutput:
+        request = running.request
+        outputs = []
+        for output, sequence in zip(running.outputs, running.sequences, strict=True):
+            asked = request.params.logprobs is not None
+            outputs.append(
+                CompletionOutput(
+                    index=output.index,
+                    text=output.detokenizer.text if output.detokenizer is not None else "",
+                    token_ids=sequence.token_ids[sequence.num_prompt :],
+                    cumulative_logprob=output.total if asked else None,
+                    logprobs=list(output.logprobs) if asked else None,
+                    finish_reason=output.reason,
+                    stop_reason=output.stop_reason,
+                )
+            )
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            prompt_logprobs=running.prompt_logprobs,
+            outputs=outputs,
+            finished=finished,
+            metrics=RequestMetrics(
+                arrival_time=running.arrival,
+                first_token_time=running.first_token,
+                finished_time=time.monotonic() if finished else None,
+            ),
+            num_cached_tokens=running.num_cached,
+        )
+
+    # Observation.
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, and what runs now."""
+        allocator, scheduler = self.allocator, self.scheduler
+        return {
+            **self._counts,
+            "step_seconds": self._seconds,
+            "running": scheduler.num_running,
+            "waiting": scheduler.num_waiting,
+            "kv_pages": allocator.num_usable,
+            "kv_pages_used": allocator.num_used,
+            "kv_tokens": allocator.num_usable * self.config.block_size,
+            "prefix_pages_looked_up": allocator.num_lookups,
+            "prefix_pages_hit": allocator.num_hits,
+        }
+
+    def memory_line(self) -> str:
+        """Weights and KV pages in one line."""
+        weights = sum(
+            storage.nbytes()
+            for storage in {
+                tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
+                for tensor in [*self.model.parameters(), *self.model.buffers()]
+            }.values()
+        )
+        pool = self.pool
+        return (
+            f"memory: weights {weights / GIB:.2f} GiB, KV pool "
+            f"{pool.num_pages * pool.page_bytes / GIB:.2f} GiB = {self.allocator.num_usable} pages "
+            f"x {pool.block_size} tokens = {self.allocator.num_usable * pool.block_size:,} tokens"
+        )
+
+    def shutdown(self) -> None:
+        """Drops all requests, frees the pages, restores a model that was patched here."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        if self._patched_here:
+            unpatch_model(self.model)
+        del self.runner, self.pool, self.model
+
+
+def _eos_token_ids(model: "PreTrainedModel", tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a text: of the generation config, the model config and the tokenizer."""
+    found: list[int] = []
+    for source in (model.generation_config, model.config.get_text_config(), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            found += ids if isinstance(ids, ListLike) else [ids]
+    return tuple(dict.fromkeys(found))
+
+
+def _available_memory() -> int:
+    """Bytes that can be taken without swapping, by the kernel's estimate."""
+    with open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable; set kv_cache_gib")

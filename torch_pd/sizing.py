@@ -1,0 +1,85 @@
+"""Pure arithmetic of memory: bytes of pages, pages of a budget. No tensors, no devices."""
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """The KV pages of one group of layers."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    itemsize: int
+    block_size: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: block_size tokens of K and V of all layers."""
+        per_token = self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        return per_token * self.block_size
+
+    def describe(self) -> str:
+        """The arithmetic of a page, for error messages."""
+        return (
+            f"{self.num_layers} layers x 2 x {self.block_size} tokens x {self.num_kv_heads} KV "
+            f"heads x {self.head_dim} x {self.itemsize} bytes = {self.page_bytes:,} bytes a page"
+        )
+
+
+def pages_of_budget(shape: KVShape, budget_bytes: int, setting: str) -> int:
+    """Pages that fit into ``budget_bytes``, page 0 (padding) included.
+
+    Raises:
+        ValueError: fewer than two pages, so not one token could be kept; gives the arithmetic.
+    """
+    pages = budget_bytes // shape.page_bytes
+    if pages < 2:
+        raise ValueError(
+            f"{setting} leaves {budget_bytes:,} bytes for KV pages, room for {max(pages, 0)} "
+            f"({shape.describe()}); at least 2 are needed (page 0 is padding): give at least "
+            f"kv_cache_gib={2 * shape.page_bytes / GIB:.4f}"
+        )
+    return pages
+
+
+def cpu_kv_bytes(available_bytes: int) -> int:
+    """Default budget on CPU: the smaller of 4 GiB and 40% of the available memory."""
+    return min(4 * GIB, available_bytes * 2 // 5)
+
+
+def gpu_kv_bytes(free_bytes: int, total_bytes: int, share: float) -> int:
+    """What ``gpu_memory_utilization`` leaves for KV pages once the weights are loaded; 2% of the
+    total is kept for activations."""
+    used = total_bytes - free_bytes
+    return int(total_bytes * share) - used - total_bytes // 50
+
+
+def fit_model_len(
+    model_max: int, asked: int | None, num_pages: int, block_size: int
+) -> tuple[int, str | None]:
+    """The longest sequence in tokens, and a remark if the pool forced it below the model's maximum.
+
+    Raises:
+        ValueError: ``asked`` is beyond the model's maximum or beyond what the pool holds.
+    """
+    capacity = (num_pages - 1) * block_size
+    if asked is not None:
+        if asked > model_max:
+            raise ValueError(
+                f"max_model_len={asked} is beyond the model's maximum of {model_max} tokens"
+            )
+        if asked > capacity:
+            raise ValueError(
+                f"max_model_len={asked} does not fit: the KV pool holds {num_pages - 1} pages x "
+                f"{block_size} = {capacity} tokens; raise kv_cache_gib or lower max_model_len"
+            )
+        return asked, None
+    if model_max > capacity:
+        return capacity, (
+            f"max_model_len is {capacity} (KV pool: {num_pages - 1} pages x {block_size} tokens), "
+            f"the model could take {model_max}; raise kv_cache_gib for longer sequences"
+        )
+    return model_max, None
