@@ -55,6 +55,10 @@ STABLE_TORCH_LIBRARY(torch_pd, m) {
   // out [M, N] = x [M, K] weight [N, K]^T + bias [N]. A row of out depends on its row of x alone,
   // bit for bit, whatever M is. CPU only: on CUDA linears are cuBLAS.
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+  // The error flag of the device of `like`, int32 [4] there: {number of dropped accesses, op | error
+  // << 8, value low, value high} of the first one (csrc/cuda/common.cuh). CPU: zeros, since the CPU
+  // bodies raise at once.
+  m.def("device_errors(Tensor like, bool reset) -> Tensor");
   // The instruction set that the CPU bodies run with: base, avx2, avx512 or avx512bf16.
   m.def("cpu_isa() -> str");
 }

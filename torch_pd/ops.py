@@ -255,6 +255,50 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     _ops.linear(x, weight, bias, out)
 
 
+_ERROR_OPS = (
+    "?",
+    "paged_attention",
+    "write_kv",
+    "gather_kv",
+    "copy_pages",
+    "rope_write_kv",
+    "sample",
+)
+_ERRORS = (
+    "an unknown error",
+    "a block table entry of a page beyond its pool",
+    "a block table entry of a place beyond the table of places",
+    "a length or start outside its tables or tensors",
+    "a slot outside the pool",
+    "a move from or to a page outside its pool",
+    "a row of logits that holds NaN or infinity, or allows no token",
+    "a token id or row outside the logits",
+)
+
+
+def device_errors(device: torch.device | str, reset: bool = True) -> Tensor:
+    """What the kernels on ``device`` found wrong in the values of tensors: int32 ``[4]`` there.
+
+    CUDA kernels cannot raise: they drop such an access and count it. The row holds the count, the
+    op and error, and the value of the first one, low and high half; `describe_errors` reads it once
+    it is on the host. ``reset`` starts anew. All zeros on CPU, where ops raise. Does not wait.
+    """
+    return _ops.device_errors(torch.empty(0, device=device), reset)
+
+
+def describe_errors(row: Sequence[int]) -> str | None:
+    """The message of a fetched row of `device_errors`, None if it counts no error."""
+    count, code, low, high = row
+    if count == 0:
+        return None
+    op, error = code & 0xFF, code >> 8
+    name = _ERROR_OPS[op] if op < len(_ERROR_OPS) else _ERROR_OPS[0]
+    what = _ERRORS[error] if error < len(_ERRORS) else _ERRORS[0]
+    value = (high << 32) | (low & 0xFFFFFFFF)
+    more = "" if count == 1 else f" (and {count - 1} more errors)"
+    return f"torch_pd::{name} on the device: {what}: {value}{more}"
+
+
 def _mutates_only(*args, **kwargs) -> None:
     """Fake of an op that returns nothing and writes into its arguments."""
 
@@ -271,3 +315,8 @@ for _name in (
     "linear",
 ):
     torch.library.register_fake(f"torch_pd::{_name}", _mutates_only)
+
+
+@torch.library.register_fake("torch_pd::device_errors")
+def _device_errors_fake(like: Tensor, reset: bool) -> Tensor:
+    return like.new_empty([4], dtype=torch.int32)

@@ -85,13 +85,15 @@ class Launch {
   cudaStream_t stream;
 };
 
-// What a kernel found in an index tensor. The access was dropped.
+// What a kernel found in a tensor. The access was dropped. Texts: torch_pd/ops.py.
 enum DeviceError : int32_t {
   kBadPage = 1,    // block table entry: page beyond its pool
   kBadPlace = 2,   // block table entry: place beyond the table of places
   kBadLength = 3,  // seq_lens, query_start or kv_start: outside the tables or tensors
   kBadSlot = 4,    // slots: beyond the pool
   kBadMove = 5,    // moves: page beyond its pool
+  kBadLogits = 6,  // logits: a row with NaN, or without a token to choose; value is the row
+  kBadToken = 7,   // token ids of adjustments: beyond the vocabulary
 };
 
 // Which op found it.
@@ -101,17 +103,20 @@ enum DeviceOp : int32_t {
   kGatherKV = 3,
   kCopyPages = 4,
   kRopeWriteKV = 5,
+  kSample = 6,
 };
 
-// The flag of one device: int32 [4] = {count, DeviceOp, DeviceError, value}; op, error and value
-// are those of the first find since the flag was cleared. Allocated once (errors.cu).
+// The flag of one device: int32 [4] = {count, DeviceOp | DeviceError << 8, value low, value high};
+// op, error and value are those of the first find since the flag was cleared. Allocated once
+// (errors.cu).
 int32_t* error_flag(const char* op, int device);
 
-__device__ inline void raise_flag(int32_t* flag, DeviceOp op, DeviceError error, int32_t value) {
+// One thread per bad value should call it.
+__device__ inline void raise_flag(int32_t* flag, DeviceOp op, DeviceError error, int64_t value) {
   if (atomicAdd(flag, 1) == 0) {
-    flag[1] = op;
-    flag[2] = error;
-    flag[3] = value;
+    flag[1] = op | error << 8;
+    flag[2] = static_cast<int32_t>(value);
+    flag[3] = static_cast<int32_t>(value >> 32);
   }
 }
 

@@ -1,0 +1,116 @@
+// Storage types, vector accesses, sums over a block and small host helpers of the elementwise
+// kernels.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <type_traits>
+
+#include "common.cuh"
+
+namespace torch_pd {
+
+// Calls f with a null pointer of the storage type.
+template <typename F>
+inline void dispatch_float(const char* op, ScalarType type, F&& f) {
+  switch (type) {
+    case ScalarType::Float: return f(static_cast<float*>(nullptr));
+    case ScalarType::BFloat16: return f(static_cast<__nv_bfloat16*>(nullptr));
+    case ScalarType::Half: return f(static_cast<__half*>(nullptr));
+    default: fail(op, dtype_name(type), " is not supported on CUDA");
+  }
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_fp8_e4m3 x) { return static_cast<float>(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_fp8_e4m3 from_float<__nv_fp8_e4m3>(float x) {
+  return __nv_fp8_e4m3(x);  // saturates at 448; NaN stays NaN
+}
+
+// N elements that move as one access of up to 16 bytes (two for 32).
+template <typename T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {
+  T at[N];
+};
+
+template <int N, typename T>
+__device__ __forceinline__ Vec<T, N> load_vec(const T* from) {
+  return *reinterpret_cast<const Vec<T, N>*>(from);
+}
+
+template <int N, typename T>
+__device__ __forceinline__ void store_vec(T* to, const Vec<T, N>& value) {
+  *reinterpret_cast<Vec<T, N>*>(to) = value;
+}
+
+// Makes the compiler hold 16-bit values as they came, not as the float32 it has already made of
+// them.
+template <typename T, int N>
+__device__ __forceinline__ void keep_packed(Vec<T, N>& v) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(&v);
+#pragma unroll
+  for (size_t i = 0; i < sizeof(v) / 4; ++i) asm volatile("" : "+r"(words[i]));
+}
+
+// Division by a number fixed for a launch (Granlund and Montgomery), for 0 <= x < 2^31.
+struct FastDiv {
+  uint32_t divisor, multiplier, shift;
+  explicit FastDiv(int64_t d) : divisor(static_cast<uint32_t>(d)), multiplier(0), shift(0) {
+    while ((int64_t{1} << shift) < d) ++shift;
+    multiplier =
+        static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
+  }
+  __device__ __forceinline__ uint32_t div(uint32_t x) const {
+    return (__umulhi(x, multiplier) + x) >> shift;
+  }
+};
+
+__device__ __forceinline__ float warp_sum(float x, int lanes = 32) {
+  for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+__device__ __forceinline__ float warp_max(float x, int lanes = 32) {
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+  }
+  return x;
+}
+
+// Sum over the block, the same bits in every thread. `partial` has one float per warp; a second
+// call needs a barrier in between.
+__device__ __forceinline__ float block_sum(float x, float* partial) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  x = warp_sum(x);
+  if (lane == 0) partial[warp] = x;
+  __syncthreads();
+  return warp_sum(lane < warps ? partial[lane] : 0.0f);
+}
+
+inline bool aligned(const void* p, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace torch_pd
