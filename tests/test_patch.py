@@ -1,0 +1,405 @@
+"""patch_model: logits, paths, restoring, refusals. Reference: transformers' own forward."""
+
+import copy
+import random
+
+import models
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from torch_pd.config import EngineConfig
+from torch_pd.context import Batch, GroupBatch
+from torch_pd.kv.cache import KVPool
+from torch_pd.nn.attention import window_of
+from torch_pd.nn.patch import (
+    describe,
+    forward_packed,
+    is_patched,
+    kv_shape,
+    new_pool,
+    patch_model,
+    unpatch_model,
+)
+
+torch.set_num_threads(1)
+LENGTHS = (33, 1, 20, 9)  # beyond every window of models.py
+
+
+class Packed:
+    """Feeds sequences chunk by chunk through forward_packed, as the engine does."""
+
+    def __init__(self, model, prompts: list[torch.Tensor], block_size: int = 16):
+        self.model, self.prompts, self.block_size = model, prompts, block_size
+        pages = [-(-len(prompt) // block_size) for prompt in prompts]
+        self.pool: KVPool = new_pool(model, 1 + sum(pages), block_size)
+        self.pool.pages.fill_(float("nan"))
+        ids = list(range(1, 1 + sum(pages)))
+        random.Random(0).shuffle(ids)
+        self.tables = [[ids.pop() for _ in range(n)] for n in pages]
+        self.done = [0] * len(prompts)
+
+    def step(self, counts: list[int]) -> list[torch.Tensor]:
+        """Logits [counts[i], vocab] of each sequence's next counts[i] tokens."""
+        rows = [i for i, count in enumerate(counts) if count]
+        width = max(len(self.tables[i]) for i in rows)
+        starts, tokens, positions, slots = [0], [], [], []
+        for i in rows:
+            span = range(self.done[i], self.done[i] + counts[i])
+            self.done[i] = span.stop
+            starts.append(starts[-1] + len(span))
+            tokens.append(self.prompts[i][span.start : span.stop])
+            positions += span
+            slots += [
+                self.tables[i][p // self.block_size] * self.block_size + p % self.block_size
+                for p in span
+            ]
+        tables = [self.tables[i] + [0] * (width - len(self.tables[i])) for i in rows]
+        batch = Batch(
+            num_tokens=starts[-1],
+            max_query_len=max(counts),
+            query_start=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=torch.tensor([self.done[i] for i in rows], dtype=torch.int32),
+            groups=(GroupBatch(torch.tensor(tables, dtype=torch.int32), torch.tensor(slots)),),
+        )
+        out = forward_packed(
+            self.model,
+            self.pool,
+            batch,
+            torch.cat(tokens),
+            torch.tensor(positions),
+            torch.arange(starts[-1]),
+        )
+        parts = iter(out.split([counts[i] for i in rows]))
+        return [next(parts) if count else out[:0] for count in counts]
+
+    def run(self, chunk: int) -> list[torch.Tensor]:
+        """All logits of each sequence; sequence i joins at step i, so steps mix lengths."""
+        logits: list[list[torch.Tensor]] = [[] for _ in self.prompts]
+        step = 0
+        while any(done < len(prompt) for done, prompt in zip(self.done, self.prompts, strict=True)):
+            counts = [
+                min(chunk, len(prompt) - self.done[i]) if i <= step else 0
+                for i, prompt in enumerate(self.prompts)
+            ]
+            for i, part in enumerate(self.step(counts)):
+                logits[i].append(part)
+            step += 1
+        return [torch.cat(parts) for parts in logits]
+
+
+def make_prompts(seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, models.VOCAB, (n,), generator=generator) for n in LENGTHS]
+
+
+@torch.no_grad()
+def reference(model, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [model(prompt[None], use_cache=False).logits[0] for prompt in prompts]
+
+
+def error(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
+    """Relative to the largest logit; inf if a number is not finite."""
+    a, b = torch.cat(got).double(), torch.cat(want).double()
+    return float((a - b).abs().max() / b.abs().max()) if a.isfinite().all() else float("inf")
+
+
+def paths(model) -> dict[str, str]:
+    return {path.name: path.path for path in describe(model)}
+
+
+@pytest.mark.parametrize("name", models.ALL)
+def test_logits(name):
+    model = models.build(name)
+    prompts = make_prompts()
+    want = reference(model, prompts)
+    patch_model(model)
+    for chunk in (1, 7, 64):
+        got = Packed(model, prompts, 32 if chunk == 7 else 16).run(chunk)
+        assert error(got, want) < 1e-4, chunk
+    # A padded batch in one plain call.
+    length = max(LENGTHS)
+    ids = torch.zeros(len(prompts), length, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = 1
+    logits = model(ids, attention_mask=mask).logits
+    assert not logits[mask == 0].any()
+    assert error([logits[row][mask[row] == 1] for row in range(len(prompts))], want) < 1e-4
+
+
+@pytest.mark.parametrize("name", models.ALL)
+def test_paths(name):
+    model = patch_model(models.build(name))
+    got = paths(model)
+    layers = [n for n in got if n.split(".")[-1].isdigit()]
+    assert len(layers) == model.config.num_hidden_layers
+    attention = [n for n, path in got.items() if path == "attention"]
+    if name in models.GENERAL:
+        assert {got[n] for n in layers} == {"huggingface"}
+        assert len(attention) == len(layers)
+        assert all(p.reason for p in describe(model) if p.name in layers)
+    else:
+        assert {got[n] for n in layers} == {"fused"}
+        assert not attention
+        mlps = [n for n, path in got.items() if n.endswith(".mlp")]
+        assert len(mlps) == (len(layers) if name in models.MIXED else 0)
+    (head,) = [n for n in got if n.endswith("lm_head")]
+    assert got[head] == "fused"
+    # Every parameter of the model lies under exactly one layer, attention, MLP or listed module.
+    for parameter, _ in model.named_parameters(remove_duplicate=False):
+        assert any(parameter.startswith(f"{n}.") for n in got), parameter
+
+
+@pytest.mark.parametrize("name", models.ALL)
+def test_unpatch_restores(name):
+    model = models.build(name)
+    prompts = make_prompts()[:1]
+    want = reference(model, prompts)
+    keys, values = list(model.state_dict()), copy.deepcopy(model.state_dict())
+    parameters = list(model.parameters())
+    attributes = {n: set(vars(m)) for n, m in model.named_modules()}
+    config = model.config
+    assert patch_model(model) is model
+    assert list(model.state_dict()) == keys
+    assert all(torch.equal(model.state_dict()[key], values[key]) for key in keys)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    state = model._torch_pd
+    assert patch_model(model) is model
+    assert model._torch_pd is state
+    assert unpatch_model(model) is model
+    assert not is_patched(model)
+    assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
+    assert model.config is config
+    assert config._attn_implementation == "eager"
+    assert list(model.state_dict()) == keys
+    assert all(torch.equal(model.state_dict()[key], values[key]) for key in keys)
+    for parameter in model.parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+    assert all(torch.equal(a, b) for a, b in zip(reference(model, prompts), want, strict=True))
+    assert error([patch_model(model)(prompts[0][None]).logits[0]], want) < 1e-4  # and again
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [*models.FUSED, "mixtral", "gpt2"])
+def test_half_precision(name, dtype):
+    exact = models.build(name)
+    prompts = make_prompts()
+    want = reference(exact, prompts)
+    model = models.build(name).to(dtype)
+    with torch.no_grad():
+        theirs = error([logits.float() for logits in reference(model, prompts)], want)
+    patch_model(model)
+    assert name not in models.FUSED or "attention" not in paths(model).values()
+    got = Packed(model, prompts).run(7)
+    assert got[0].dtype == dtype
+    # No further from float32 than transformers in the same precision, some noise allowed.
+    assert error(got, want) < 1.5 * theirs + 0.01
+
+
+def test_merged_projections_are_stored_once():
+    model = patch_model(models.build("llama"))
+    attention = model.model.layers[0].self_attn
+    storages = {
+        p.weight.untyped_storage().data_ptr()
+        for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+    }
+    assert len(storages) == 1
+    merged = model.model.layers[0]._torch_pd.attention.qkv.weight
+    assert merged.untyped_storage().data_ptr() in storages
+
+
+def test_storage_changes_while_patched():
+    prompts = make_prompts()
+    model = patch_model(models.build("llama"))
+    other = models.build("llama", seed=1)
+    want = reference(other, prompts)
+    model.load_state_dict(other.state_dict())
+    assert error(Packed(model, prompts).run(64), want) < 1e-4
+    model.load_state_dict(models.build("llama", seed=2).state_dict(), assign=True)
+    assert error(Packed(model, prompts).run(64), want) > 1e-2
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert error(Packed(model, prompts).run(64), want) < 1e-4
+    model.to(torch.float64).to(torch.float32)
+    assert error(Packed(model, prompts).run(64), want) < 1e-4
+
+
+def test_deep_copy_is_patched_by_itself():
+    prompts = make_prompts()
+    model = patch_model(models.build("qwen3"))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    want = reference(models.build("qwen3"), prompts)
+    assert error(Packed(twin, prompts).run(64), want) < 1e-4
+    unpatch_model(twin)
+    assert is_patched(model)
+    assert not is_patched(twin)
+    assert error(reference(twin, prompts), want) == 0
+
+
+def test_other_models_of_the_same_config_are_left_alone():
+    config = models.make_config("llama")
+    one, two = (models.model_class("llama")(config).eval() for _ in range(2))
+    prompts = make_prompts()
+    want = reference(two, prompts)
+    patch_model(one)
+    assert config._attn_implementation == "eager"
+    assert error(reference(two, prompts), want) == 0
+
+
+def test_layers_that_compute_something_else_are_not_fused():
+    model = models.build("llama")
+    prompts = make_prompts()
+
+    class Scaled(type(model.model.layers[1].mlp)):
+        def forward(self, x):
+            return 1.01 * super().forward(x)
+
+    model.model.layers[1].mlp.__class__ = Scaled
+    want = reference(model, prompts)
+    patch_model(model)
+    got = {path.name: path for path in describe(model)}
+    assert got["model.layers.0"].path == "fused"
+    assert got["model.layers.1"].path == "huggingface"
+    assert "differs from transformers" in got["model.layers.1"].reason
+    assert got["model.layers.1.self_attn"].path == "attention"
+    assert error(Packed(model, prompts).run(7), want) < 1e-4
+    projection = model.model.layers[1].self_attn.q_proj.weight
+    assert projection.untyped_storage().nbytes() == projection.nbytes  # nothing left merged
+
+
+def test_unusual_layers_are_not_fused():
+    model = models.build("llama")
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    model.model.layers[1].mlp.down_proj = model.model.layers[2].mlp.down_proj
+    patch_model(model)
+    reasons = {path.name: path.reason for path in describe(model)}
+    assert "hooks" in reasons["model.layers.0"]
+    assert "used elsewhere" in reasons["model.layers.1"]
+    assert "used elsewhere" in reasons["model.layers.2"]
+
+
+@pytest.mark.parametrize("name", models.ALL)
+def test_meta(name):
+    """Without weights the same paths are found, so info needs no checkpoint."""
+    with torch.device("meta"):
+        model = models.model_class(name)(models.make_config(name))
+    patch_model(model)
+    if name == "glm":  # only numbers show that its rotation is interleaved
+        return
+    assert paths(model) == paths(patch_model(models.build(name)))
+
+
+def test_kv_shape():
+    model = patch_model(models.build("qwen3"), EngineConfig(block_size=32))
+    shape = kv_shape(model)
+    assert (shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.block_size) == (
+        3,
+        2,
+        16,
+        32,
+    )
+    pool = new_pool(model, 4)
+    assert pool.page_bytes == shape.page_bytes == pool.pages[0].nbytes
+    assert pool.num_pages == 4
+    k, v = pool.layer(2)
+    assert k.shape == v.shape == (4, 32, 2, 16)
+    pool.pages.copy_(torch.arange(pool.pages.numel()).view(pool.pages.shape))
+    assert torch.equal(v, pool.pages[:, 2, 1])
+    before = pool.pages.clone()
+    pool.copy_within([(1, 3)])
+    assert torch.equal(pool.pages[3], before[1])
+    assert torch.equal(pool.pages[:3], before[:3])
+
+
+# Refusals.
+
+REFUSED = {
+    "Falcon": ({"num_attention_heads": 4}, "self_attention.*AttentionInterface"),
+    "GPTJ": (
+        {"n_embd": 48, "n_layer": 2, "n_head": 6, "rotary_dim": 4},
+        "attn.*AttentionInterface",
+    ),
+    "Bloom": ({"hidden_size": 48, "n_layer": 2, "n_head": 6}, "self_attention.*AttentionInterface"),
+    "Mpt": ({"d_model": 48, "n_layers": 2, "n_heads": 6}, "attn.*AttentionInterface"),
+    "Mamba": ({"num_hidden_layers": 2}, "attention"),
+    "Jamba": ({"num_hidden_layers": 8, "num_experts": 2, "use_mamba_kernels": False}, "attention"),
+    "BertLMHeadModel": ({"num_hidden_layers": 2, "num_attention_heads": 6}, "causal"),
+    "BertForMaskedLM": ({"num_hidden_layers": 2, "num_attention_heads": 6}, "causal"),
+    "T5ForConditionalGeneration": ({"d_model": 48, "num_layers": 2, "d_kv": 8}, "encoder-decoder"),
+    "BartForConditionalGeneration": ({"d_model": 48, "encoder_layers": 1}, "encoder-decoder"),
+    "LlamaModel": ({"num_hidden_layers": 2, "num_attention_heads": 6}, "head"),
+    "DeepseekV3": (
+        {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+        },
+        "keys are 16 wide and values 12",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    options, reason = REFUSED[name]
+    prefix = next((p for p in ("Bert", "T5", "Bart", "Llama") if name.startswith(p)), name)
+    config = getattr(transformers, f"{prefix}Config")(
+        **{"vocab_size": 97, "hidden_size": 48, "intermediate_size": 72, **options}
+    )
+    cls = getattr(transformers, name, None) or getattr(transformers, f"{name}ForCausalLM")
+    torch.manual_seed(0)
+    model = cls(config)
+    attributes = {n: set(vars(m)) for n, m in model.named_modules()}
+    with pytest.raises(ValueError, match=f"cannot patch {cls.__name__}.*{reason}"):
+        patch_model(model)
+    assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
+    assert model.config is config
+    assert model.training
+
+
+def test_errors():
+    model = models.build("llama")
+    with pytest.raises(ValueError, match="group"):
+        patch_model(model, group=object())
+    with pytest.raises(TypeError, match="Linear"):
+        patch_model(nn.Linear(2, 2))
+    for function in (unpatch_model, describe, kv_shape):
+        with pytest.raises(ValueError, match="LlamaForCausalLM is not patched"):
+            function(model)
+    patch_model(model)
+    with pytest.raises(ValueError, match="inner module"):
+        model.model(torch.tensor([[3, 4]]))
+    stranger = models.build("llama")
+    stranger.config._attn_implementation = "torch_pd"
+    with pytest.raises(ValueError, match="not patched"):
+        stranger(torch.tensor([[3, 4]]))
+
+
+def test_window_of():
+    masks = transformers.masking_utils
+    assert window_of(masks.causal_mask_function) == 0
+    assert window_of(masks.sliding_window_causal_mask_function(100)) == 100
+    assert window_of(masks.sliding_window_causal_mask_function(1)) == 1
+    for other in (
+        masks.bidirectional_mask_function,
+        masks.chunked_causal_mask_function(100, torch.zeros(1, dtype=torch.int64)),
+        masks.or_masks(masks.causal_mask_function, lambda b, h, q, k: k < 4),
+    ):
+        with pytest.raises(ValueError, match="neither causal nor"):
+            window_of(other)

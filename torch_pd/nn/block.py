@@ -1,0 +1,188 @@
+"""FusedBlock: a whole decoder layer over packed tokens in a handful of the library's ops."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torch_pd import ops
+from torch_pd.nn.attention import Pass
+from torch_pd.nn.linear import MergedLinear, linear
+
+
+@dataclass
+class Norm:
+    """An RMSNorm module of the model; its factor is ``offset + weight``."""
+
+    module: nn.Module
+    eps: float
+    offset: float
+
+    def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``out = norm(x)``; with a residual, ``residual += x`` and ``out = norm(residual)``."""
+        ops.rms_norm(x, self.module.weight, out, self.eps, residual=residual, offset=self.offset)
+        return out
+
+
+@dataclass
+class FusedAttention:
+    """Attention with one matrix for q, k, v; q/k norm, rotation and KV write are one op."""
+
+    running: Pass
+    layer: int
+    num_heads: int
+    head_dim: int
+    scale: float
+    soft_cap: float
+    window: int
+    rotary: bool
+    qkv: MergedLinear
+    o: nn.Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    group: int = 0
+
+    def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """``x [T, hidden]``, rotation = cos, sin ``[T, R]``; returns ``[T, hidden]``."""
+        batch, pool = self.running.current()
+        pages = batch.groups[self.group]
+        k_cache, v_cache = pool.layer(self.layer)
+        qkv = self.qkv(x)
+        q = qkv.new_empty(qkv.shape[0], self.num_heads, self.head_dim)
+        cos, sin = rotation if rotation is not None else (None, None)
+        q_norm, k_norm = self.q_norm, self.k_norm
+        ops.rope_write_kv(
+            qkv,
+            q,
+            k_cache,
+            v_cache,
+            pages.slots,
+            cos=cos,
+            sin=sin,
+            q_norm=None if q_norm is None else q_norm.module.weight,
+            k_norm=None if k_norm is None else k_norm.module.weight,
+            eps=0.0 if q_norm is None else q_norm.eps,
+            norm_offset=0.0 if q_norm is None else q_norm.offset,
+        )
+        out = torch.empty_like(q)
+        ops.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            pages.block_tables,
+            batch.seq_lens,
+            batch.query_start,
+            out,
+            self.scale,
+            batch.max_query_len,
+            window=self.window,
+            soft_cap=self.soft_cap,
+            places=batch.places,
+        )
+        return linear(out.flatten(1), self.o.weight, self.o.bias)
+
+
+@dataclass
+class FusedMLP:
+    """Gated MLP with one matrix for gate and up."""
+
+    gate_up: MergedLinear
+    down: nn.Linear
+    activation: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [T, hidden]``; returns ``[T, hidden]``."""
+        gate_up = self.gate_up(x)
+        hidden = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        ops.gated_act(gate_up, hidden, self.activation)
+        return linear(hidden, self.down.weight, self.down.bias)
+
+
+@dataclass
+class ForeignMLP:
+    """Hugging Face's own MLP or experts, called in place."""
+
+    module: nn.Module
+    reason: str
+    """Why it is not a FusedMLP."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [T, hidden]``; returns ``[T, hidden]``."""
+        out = self.module(x.unsqueeze(0))
+        # Some expert layers return their router's logits as well.
+        return (out[0] if isinstance(out, tuple) else out).flatten(0, 1)
+
+
+@dataclass
+class FusedBlock:
+    """One decoder layer: norms before and/or after attention and MLP, added to the residual."""
+
+    attention: FusedAttention
+    mlp: FusedMLP | ForeignMLP
+    pre_attention: Norm | None
+    post_attention: Norm | None
+    pre_mlp: Norm | None
+    post_mlp: Norm | None
+    multiplier: float
+    """Of both branches before they are added (Granite)."""
+    remove_hook: Callable[[], None] | None = None
+
+    def __call__(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """``hidden [T, C]`` is left as it is: others may hold it. Returns a new ``[T, C]``."""
+        x = hidden
+        if self.pre_attention is not None:
+            x = self.pre_attention(x, torch.empty_like(x))
+        branch = self.attention(x, rotation)
+        if self.post_attention is not None:
+            self.post_attention(branch, branch)
+        if self.multiplier != 1.0:
+            branch.mul_(self.multiplier)
+        # The branch, a fresh tensor, plays the residual: hidden is added to it in place.
+        if self.pre_mlp is not None:
+            x = self.pre_mlp(hidden, torch.empty_like(hidden), residual=branch)
+        else:
+            x = branch.add_(hidden)
+        residual = branch
+        branch = self.mlp(x)
+        if self.post_mlp is not None:
+            branch = self.post_mlp(branch, torch.empty_like(branch))
+        return torch.add(residual, branch, alpha=self.multiplier)
+
+    def merged(self) -> list[MergedLinear]:
+        """The merged matrices of the block."""
+        mlp = [self.mlp.gate_up] if isinstance(self.mlp, FusedMLP) else []
+        return [self.attention.qkv, *mlp]
+
+
+def forward(
+    layer: nn.Module,
+    hidden_states: Tensor,
+    *args,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs,
+) -> Tensor:
+    """Stands in for a decoder layer's forward. ``hidden_states [1, T, C]``, cos, sin ``[1, T, R]``.
+
+    The other arguments (mask, cache, positions) say what the batch of the running pass says.
+    """
+    block: FusedBlock = layer._torch_pd
+    rotation = None
+    if block.attention.rotary:
+        assert position_embeddings is not None
+        cos, sin = position_embeddings
+        rotation = cos[0], sin[0]
+    return block(hidden_states[0], rotation).unsqueeze(0)
+
+
+def apply(layer: nn.Module, fn: Callable, recurse: bool = True) -> nn.Module:
+    """Stands in for ``nn.Module._apply`` (to, half, ...), which tears merged storage apart."""
+    type(layer)._apply(layer, fn, recurse)
+    merge_again(layer)
+    return layer
+
+
+def merge_again(layer: nn.Module, *args) -> None:
+    """After the storage of parameters may have been replaced; also a load_state_dict hook."""
+    for merged in layer._torch_pd.merged():
+        merged.merge()

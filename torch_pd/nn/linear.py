@@ -1,0 +1,70 @@
+"""Linear layers: one function for all, and several of them merged into one matrix."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from torch_pd import ops
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x [..., in] @ weight [out, in].T + bias [out]``.
+
+    On CPU the library's own op: a row of the result does not depend on the other rows, so batching
+    never changes an answer. Elsewhere the vendor's GEMM.
+    """
+    if x.device.type != "cpu":
+        return nn.functional.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows.new_empty(rows.shape[0], weight.shape[0])
+    ops.linear(rows, weight, bias, out)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def forward(module: nn.Linear, x: Tensor) -> Tensor:
+    """Stands in for ``nn.Linear.forward``."""
+    return linear(x, module.weight, module.bias)
+
+
+class MergedLinear:
+    """Linears of one input as one matrix ``weight [sum of out, in]``, in the given order.
+
+    The modules stay, their Parameters become views of the merged matrix: names, values and
+    identities are unchanged and nothing is stored twice. One linear alone is used as it is.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.linears = list(linears)
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.merge()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+    def merge(self) -> None:
+        """Merges what the modules hold now; to be called after their storage was replaced."""
+        self.weight = _merge([module.weight for module in self.linears])
+        biases = [module.bias for module in self.linears if module.bias is not None]
+        assert len(biases) in (0, len(self.linears))
+        self.bias = _merge(biases) if biases else None
+
+    def split(self) -> None:
+        """Gives every module storage of its own again."""
+        if len(self.linears) > 1:
+            for module in self.linears:
+                for parameter in module.parameters():
+                    parameter.data = parameter.data.clone()
+
+
+def _merge(parameters: list[nn.Parameter]) -> Tensor:
+    if len(parameters) == 1:
+        return parameters[0].data
+    with torch.no_grad():
+        merged = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(
+        parameters, merged.split([p.shape[0] for p in parameters]), strict=True
+    ):
+        parameter.data = part
+    return merged

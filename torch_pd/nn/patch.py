@@ -1,0 +1,297 @@
+"""patch_model and unpatch_model: a Hugging Face causal LM over KV pages, in place."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from torch_pd.config import EngineConfig
+from torch_pd.context import Batch
+from torch_pd.kv.cache import KVPool
+from torch_pd.nn import block, generate, linear
+from torch_pd.nn.attention import AttentionCall, AttentionSlot, Pass
+from torch_pd.nn.probe import Probe, ProbedLayer, Undo, probe_model, put
+from torch_pd.nn.recognise import NotRecognised, recognise
+from torch_pd.sizing import KVShape
+
+
+@dataclass(frozen=True)
+class ModulePath:
+    """How one module of a patched model runs."""
+
+    name: str
+    """Of the module inside the model."""
+    path: str
+    """fused: the library's ops; attention: paged attention in Hugging Face's code; huggingface."""
+    reason: str
+    """Why it is not fused, or a remark; may be empty."""
+
+
+@dataclass
+class PatchState:
+    """Everything that hangs on a patched model, as ``model._torch_pd``."""
+
+    running: Pass
+    block_size: int
+    call: AttentionCall
+    """Of the first layer; all agree in heads and widths."""
+    num_layers: int
+    forward: Callable[..., Any]
+    """Hugging Face's own forward of the model, unbound."""
+    signature: inspect.Signature
+    """Of that forward, without self."""
+    paths: list[ModulePath] = field(default_factory=list)
+    undo: list[Undo] = field(default_factory=list)
+
+    @property
+    def takes_select(self) -> bool:
+        """Whether the forward has logits_to_keep."""
+        return "logits_to_keep" in self.signature.parameters
+
+    def shape(self, block_size: int | None = None) -> KVShape:
+        """A page of the model's KV cache."""
+        dtype_size = torch.empty((), dtype=self.call.dtype).element_size()
+        call, size = self.call, block_size or self.block_size
+        return KVShape(self.num_layers, call.num_kv_heads, call.head_dim, dtype_size, size)
+
+
+def patch_model(
+    model: PreTrainedModel, config: EngineConfig | None = None, *, group: Any = None
+) -> PreTrainedModel:
+    """Changes a causal LM of transformers in place so that it runs over KV pages; returns it.
+
+    Decoder layers of a known structure become fused blocks, checked against Hugging Face's own
+    result on a few tokens; others keep Hugging Face's code and get the attention function alone
+    (`describe` tells which and why). ``generate`` and plain calls work on, without gradients and in
+    eval mode, which is set here. Parameters, their names and values stay. A patched model is
+    returned as it is.
+
+    Args:
+        model: on any device; on meta nothing is computed and nothing checked.
+        config: block_size counts here, for ``generate``.
+        group: ranks that share the weights; must be None.
+
+    Raises:
+        ValueError: the model cannot run over KV pages; names its class, the module and the reason.
+            The model is left as it was.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"patch_model takes a model of transformers, got {type(model).__name__}")
+    if group is not None:
+        raise ValueError(f"group={group!r}: weights shared by several ranks are not supported yet")
+    if is_patched(model):
+        return model
+    undo: list[Undo] = [functools.partial(model.train, model.training)]
+    model.eval()
+    try:
+        probe = probe_model(model, undo)
+        state = PatchState(
+            running=Pass(),
+            block_size=(config or EngineConfig()).block_size,
+            call=probe.layers[0].call,
+            num_layers=len(probe.layers),
+            forward=_unbound_forward(model),
+            signature=inspect.signature(model.forward),
+            undo=undo,
+        )
+        _patch_layers(model, state, probe)
+        _patch_rest(model, state)
+    except BaseException:
+        _undo(undo)
+        raise
+    return model
+
+
+def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Undoes `patch_model`: the model computes what it did before, bit for bit.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    _undo(_state(model).undo)
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch_model` has been applied."""
+    return isinstance(model.__dict__.get("_torch_pd"), PatchState)
+
+
+def describe(model: PreTrainedModel) -> list[ModulePath]:
+    """The path that each module of a patched model takes."""
+    return list(_state(model).paths)
+
+
+def kv_shape(model: PreTrainedModel, block_size: int | None = None) -> KVShape:
+    """Sizes of a KV page of a patched model."""
+    return _state(model).shape(block_size)
+
+
+def new_pool(model: PreTrainedModel, num_pages: int, block_size: int | None = None) -> KVPool:
+    """KV pages for a patched model, on its device and in its dtype."""
+    state = _state(model)
+    shape = state.shape(block_size)
+    sizes = (shape.num_layers, shape.block_size, shape.num_kv_heads, shape.head_dim)
+    return KVPool(num_pages, *sizes, state.call.dtype, model.device)
+
+
+@torch.no_grad()
+def forward_packed(
+    model: PreTrainedModel,
+    pool: KVPool,
+    batch: Batch,
+    input_ids: Tensor,
+    positions: Tensor,
+    select: Tensor,
+) -> Tensor:
+    """One pass of a patched model over packed tokens: the engine's entry.
+
+    Args:
+        pool: whose pages the batch names; written at the batch's slots.
+        input_ids, positions: int64 [num_tokens].
+        select: int64 rows whose logits are wanted.
+
+    Returns:
+        Logits [len(select), vocab] in the model's dtype.
+    """
+    state = _state(model)
+    assert input_ids.shape[0] == positions.shape[0] == batch.num_tokens
+    output = generate.run(state, model, pool, batch, positions, select, input_ids=input_ids[None])
+    return output.logits[0]
+
+
+def _state(model: nn.Module) -> PatchState:
+    if not is_patched(model):
+        raise ValueError(f"{type(model).__name__} is not patched: call torch_pd.patch_model(model)")
+    return model.__dict__["_torch_pd"]
+
+
+def _undo(undo: list[Undo]) -> None:
+    while undo:
+        undo.pop()()
+
+
+def _bind(function: Callable, module: nn.Module) -> Callable:
+    """A bound method, so that a deep copy of the model is bound to the copy."""
+    return types.MethodType(function, module)
+
+
+def _patch_layers(model: PreTrainedModel, state: PatchState, probe: Probe) -> None:
+    undo, paths = state.undo, state.paths
+    shared = _shared_parameters(model)
+    for index, found in enumerate(probe.layers):
+        call, layer = found.call, found.layer
+        try:
+            if layer is None:
+                raise NotRecognised("no decoder layer around it")
+            if shared & {id(parameter) for parameter in layer.parameters()}:
+                raise NotRecognised("its parameters are used elsewhere as well")
+            fused = recognise(layer, call, index, state.running)
+            undo_layer: list[Undo] = []
+            _install(undo_layer, layer, fused)
+            fits, remark = _verify(found, fused, probe.running, state.running)
+            if not fits:
+                _undo(undo_layer)
+                raise NotRecognised(remark)
+            undo += undo_layer
+        except NotRecognised as error:
+            slot = AttentionSlot(state.running, index, call.window)
+            put(undo, call.module, "_torch_pd", slot)
+            paths.append(ModulePath(found.attention_name, "attention", ""))
+            if layer is not None:
+                paths.append(ModulePath(found.layer_name, "huggingface", str(error)))
+            continue
+        paths.append(ModulePath(found.layer_name, "fused", remark))
+        if isinstance(fused.mlp, block.ForeignMLP):
+            names = {id(module): name for name, module in layer.named_modules()}
+            name = f"{found.layer_name}.{names[id(fused.mlp.module)]}"
+            paths.append(ModulePath(name, "huggingface", fused.mlp.reason))
+
+
+def _install(undo: list[Undo], layer: nn.Module, fused: block.FusedBlock) -> None:
+    for merged in fused.merged():
+        undo.append(merged.split)
+    put(undo, layer, "_torch_pd", fused)
+    put(undo, layer, "forward", _bind(block.forward, layer))
+    put(undo, layer, "_apply", _bind(block.apply, layer))
+    hook = layer.register_load_state_dict_post_hook(block.merge_again)
+    undo.append(hook.remove)
+
+
+def _verify(
+    found: ProbedLayer, fused: block.FusedBlock, probed: Pass, running: Pass
+) -> tuple[bool, str]:
+    """Runs the installed block on what the probe saw and compares with Hugging Face's result.
+
+    Returns whether the block may stay, and the reason or a remark.
+    """
+    assert found.layer is not None
+    want = found.output
+    if not isinstance(want, Tensor):
+        return False, f"the layer returns a {type(want).__name__}"
+    if want.is_meta:
+        return True, ""
+    hidden = found.kwargs["hidden_states"] if "hidden_states" in found.kwargs else found.args[0]
+    running.batch, running.pool = probed.batch, probed.pool
+    try:
+        with torch.no_grad():
+            got = found.layer.forward(*found.args, **found.kwargs)
+    except RuntimeError as error:
+        return False, f"the fused ops refuse it: {error}"
+    finally:
+        running.batch = running.pool = None
+    if not bool(want.isfinite().all()):
+        return True, "not checked against transformers: its result is not finite"
+    # What the layer adds is compared, within what rounding to the dtype allows.
+    exact = want.dtype == torch.float32
+    change = (want.float() - hidden.float()).abs().max()
+    rounding = torch.finfo(want.dtype).eps * want.float().abs().max()
+    allowed = (1e-4 if exact else 5e-2) * change + 4 * rounding
+    error = (got.float() - want.float()).abs().max()
+    if bool(error <= allowed):
+        return True, ""
+    return False, f"differs from transformers by {error:.1e} where {allowed:.1e} is allowed"
+
+
+def _unbound_forward(model: nn.Module) -> Callable[..., Any]:
+    own = model.__dict__.get("forward")
+    if own is None:
+        return type(model).forward
+    return lambda _, *args, **kwargs: own(*args, **kwargs)
+
+
+def _patch_rest(model: PreTrainedModel, state: PatchState) -> None:
+    undo, paths = state.undo, state.paths
+    head = model.get_output_embeddings()
+    names = dict(model.named_modules())
+    (head_name,) = [name for name, module in names.items() if module is head]
+    if type(head) is nn.Linear and "forward" not in head.__dict__:
+        put(undo, head, "forward", _bind(linear.forward, head))
+        paths.append(ModulePath(head_name, "fused", ""))
+    covered = [path.name for path in paths]
+    for name in names:
+        parent = name.rpartition(".")[0]
+        inside = any(f"{name}.".startswith(f"{other}.") for other in covered)
+        around = [other for other in covered if f"{other}.".startswith(f"{name}.") or not name]
+        near = any(f"{other}.".startswith(f"{parent}.") or not parent for other in covered)
+        if not inside and not around and near:
+            paths.append(ModulePath(name, "huggingface", ""))
+    order = {name: i for i, name in enumerate(names)}
+    paths.sort(key=lambda path: order[path.name])
+    put(undo, model, "forward", _bind(generate.wrap(model.forward), model))
+    put(undo, model, "_prepare_cache_for_generation", _bind(generate.prepare_cache, model))
+    put(undo, model, "_torch_pd", state)
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        (shared if id(parameter) in seen else seen).add(id(parameter))
+    return shared

@@ -1,0 +1,292 @@
+"""Probing a model: one small forward pass that records how its layers call attention."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from torch_pd.context import Batch, GroupBatch
+from torch_pd.kv.cache import KVPool
+from torch_pd.nn.attention import (
+    NAME,
+    AttentionCall,
+    Pass,
+    Recorder,
+    attention_forward,
+    make_mark,
+)
+
+_PROBE = f"{NAME}_probe"
+_LENGTHS = (5, 3)  # tokens of the two probe sequences
+_BLOCK_SIZE = 16
+
+
+@dataclass
+class ProbedLayer:
+    """One attention call of the probe, the layer around it, and what went in and out of that."""
+
+    call: AttentionCall
+    attention_name: str
+    layer: nn.Module | None
+    layer_name: str
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+
+
+@dataclass
+class Probe:
+    """What the probe saw. On meta the outputs hold no numbers."""
+
+    layers: list[ProbedLayer]
+    running: Pass
+
+
+Undo = Callable[[], Any]
+"""Takes one change of a model back. Never a closure: a deep copy of a model must undo its own."""
+
+
+@dataclass
+class Restore:
+    """Undoes `put`."""
+
+    module: nn.Module
+    name: str
+    had: bool
+    old: Any
+
+    def __call__(self) -> None:
+        """Puts the old value back."""
+        if self.had:
+            self.module.__dict__[self.name] = self.old
+        else:
+            del self.module.__dict__[self.name]
+
+
+def put(undo: list[Undo], module: nn.Module, name: str, value: Any) -> None:
+    """Sets an attribute of one module, past nn.Module's own bookkeeping, and notes the undo."""
+    undo.append(Restore(module, name, name in module.__dict__, module.__dict__.get(name)))
+    module.__dict__[name] = value
+
+
+def refuse(model: nn.Module, reason: str) -> ValueError:
+    """The error for a model that cannot be patched."""
+    return ValueError(
+        f"torch_pd cannot patch {type(model).__name__}: {reason}; run it with transformers instead"
+    )
+
+
+def probe_model(model: PreTrainedModel, undo: list[Undo]) -> Probe:
+    """Switches the model to the paged attention function and records one pass of eight tokens.
+
+    The model gets configs of its own (others may share the object), with the attention function's
+    name in them; ``undo`` receives what takes that back.
+
+    Raises:
+        ValueError: the model is no causal LM whose layers all call the attention function once.
+    """
+    config = model.config.get_text_config(decoder=True)
+    _check_kind(model, config)
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionInterface.register(_PROBE, attention_forward)
+    AttentionMaskInterface.register(_PROBE, make_mark)
+    configs = _own_configs(model, undo)
+    for own in configs:
+        own._attn_implementation_internal = _PROBE
+    experts = [own._experts_implementation_internal for own in configs]
+    if model.get_input_embeddings().weight.is_meta:
+        for own in configs:  # the default way through the experts reads the routing's numbers
+            own._experts_implementation_internal = "batched_mm"
+    try:
+        probe = _record(model)
+    finally:
+        for own, implementation in zip(configs, experts, strict=True):
+            own._attn_implementation_internal = NAME
+            own._experts_implementation_internal = implementation
+    _check_layers(model, config, probe)
+    return probe
+
+
+def _check_kind(model: PreTrainedModel, config: PretrainedConfig) -> None:
+    if model.config.is_encoder_decoder:
+        raise refuse(model, "it is an encoder-decoder model (config.is_encoder_decoder)")
+    head = model.get_output_embeddings()
+    if head is None or not model.can_generate():
+        raise refuse(model, "it is no causal language model with an output head")
+    if not model._can_set_attn_implementation():
+        names = [name for name, module in model.named_modules() if "attn" in name.split(".")[-1]]
+        names += [n for n, m in model.named_modules() if "attention" in n.split(".")[-1]]
+        where = names[0] if names else "its attention"
+        module = type(model.get_submodule(where)).__name__ if names else "module"
+        raise refuse(
+            model, f"{where} ({module}) does not call attention through AttentionInterface"
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise refuse(
+            model,
+            f"its last {config.num_kv_shared_layers} layers use the keys and values of others "
+            "(config.num_kv_shared_layers)",
+        )
+
+
+def _own_configs(model: PreTrainedModel, undo: list[Undo]) -> list[PretrainedConfig]:
+    """Gives every module of the model a copy of its config; equal objects stay equal objects."""
+    copies: dict[int, PretrainedConfig] = {}
+
+    def own(config: PretrainedConfig) -> PretrainedConfig:
+        if id(config) not in copies:
+            copies[id(config)] = copied = copy.copy(config)
+            for name, value in vars(copied).items():
+                if isinstance(value, PretrainedConfig):
+                    vars(copied)[name] = own(value)
+        return copies[id(config)]
+
+    for module in model.modules():
+        old = module.__dict__.get("config")
+        if isinstance(old, PretrainedConfig):
+            put(undo, module, "config", own(old))
+    return list(copies.values())
+
+
+class _MetaIsFalse(TorchFunctionMode):
+    """Lets code that asks ``if tensor:`` (lengths against a limit) pass on meta."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False
+        return func(*args, **(kwargs or {}))
+
+
+def _record(model: PreTrainedModel) -> Probe:
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    device = model.get_input_embeddings().weight.device
+    running = Pass(batch=_batch(device))
+
+    def new_pool(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVPool:
+        return KVPool(3, num_layers, _BLOCK_SIZE, num_kv_heads, head_dim, dtype, device)
+
+    recorder = Recorder(running, new_pool)
+    by_module: dict[int, ProbedLayer] = {}
+    layers: list[ProbedLayer] = []
+    hooks = []
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        by_module[id(module)].args, by_module[id(module)].kwargs = args, kwargs
+
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        by_module[id(module)].output = output
+
+    modules = list(model.modules())
+    for module in modules:
+        module.__dict__["_torch_pd"] = recorder
+    # The layers are known only after attention was called, so all candidates are watched.
+    for parent in modules:
+        if isinstance(parent, nn.ModuleList):
+            for layer in parent:
+                by_module[id(layer)] = ProbedLayer(None, "", layer, "")  # type: ignore[arg-type]
+                hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+                hooks.append(layer.register_forward_hook(after))
+    try:
+        with torch.no_grad(), _MetaIsFalse():
+            _run(model, device)
+    except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise refuse(model, f"its forward pass over pages failed: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in modules:
+            del module.__dict__["_torch_pd"]
+
+    names = {id(module): name for name, module in model.named_modules()}
+    for call in recorder.calls:
+        name = names[id(call.module)]
+        around = _layer_around(model, name)
+        found = by_module[id(model.get_submodule(around))] if around else None
+        layers.append(
+            ProbedLayer(
+                call,
+                name,
+                found.layer if found else None,
+                around or "",
+                found.args if found else (),
+                found.kwargs if found else {},
+                found.output if found else None,
+            )
+        )
+    return Probe(layers, running)
+
+
+def _layer_around(model: nn.Module, name: str) -> str | None:
+    """The outermost ancestor of a module that is an element of a ModuleList."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return ".".join(parts[: end + 1])
+    return None
+
+
+def _run(model: PreTrainedModel, device: torch.device) -> None:
+    num_tokens = sum(_LENGTHS)
+    vocab = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(num_tokens, device=device) * 7 + 3) % vocab
+    positions = torch.cat([torch.arange(length) for length in _LENGTHS]).to(device)
+    model(
+        input_ids=ids[None],
+        position_ids=positions[None],
+        # All ones: keeps Hugging Face from looking for packed sequences in the positions.
+        attention_mask=torch.ones(1, num_tokens, dtype=torch.int64, device=device),
+        use_cache=False,
+    )
+
+
+def _batch(device: torch.device) -> Batch:
+    """Two sequences, one page each."""
+    ends = torch.tensor([0, *_LENGTHS]).cumsum(0)
+    slots = [page * _BLOCK_SIZE + torch.arange(n) for page, n in enumerate(_LENGTHS, start=1)]
+    return Batch(
+        num_tokens=sum(_LENGTHS),
+        max_query_len=max(_LENGTHS),
+        query_start=ends.int().to(device),
+        seq_lens=torch.tensor(_LENGTHS, dtype=torch.int32, device=device),
+        groups=(
+            GroupBatch(
+                torch.tensor([[1], [2]], dtype=torch.int32, device=device),
+                torch.cat(slots).to(device),
+            ),
+        ),
+    )
+
+
+def _check_layers(model: PreTrainedModel, config: PretrainedConfig, probe: Probe) -> None:
+    calls = [layer.call for layer in probe.layers]
+    if not calls:
+        raise refuse(model, "none of its modules calls causal attention")
+    modules = [id(call.module) for call in calls]
+    if len(set(modules)) != len(modules):
+        twice = next(p for p in probe.layers if modules.count(id(p.call.module)) > 1)
+        raise refuse(model, f"{twice.attention_name} calls attention more than once a pass")
+    if len(calls) != config.num_hidden_layers:
+        kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+        raise refuse(
+            model,
+            f"only {len(calls)} of its {config.num_hidden_layers} layers call attention"
+            + (f" (layers are {', '.join(sorted(set(kinds)))})" if kinds else ""),
+        )
+    first = probe.layers[0]
+    for other in probe.layers[1:]:
+        a, b = first.call, other.call
+        if (a.num_kv_heads, a.head_dim, a.dtype) != (b.num_kv_heads, b.head_dim, b.dtype):
+            raise refuse(
+                model,
+                f"{first.attention_name} keeps {a.num_kv_heads} heads of {a.head_dim} "
+                f"({a.dtype}), {other.attention_name} {b.num_kv_heads} of {b.head_dim} "
+                f"({b.dtype}): "
+                "layers of several KV shapes are not supported",
+            )
