@@ -62,14 +62,14 @@ class FakeModel:
 
     def schedule(self):
         s = self.scheduler
-        before = {seq.seq_id for seq in s._running if seq.status is Status.RUNNING}
+        before = {seq.seq_id for seq in s._running.seqs}
         plan = s.schedule()
         s.check()
         assert plan.seqs or plan.failed or not s.has_unfinished, "no work although some is left"
         assert plan.num_tokens == plan.counts.sum() <= s.max_num_batched_tokens
         assert s.num_running <= s.max_num_seqs
         waiting = s._waiting.check()
-        running = [seq for seq in s._running if seq.status is Status.RUNNING]
+        running = s._running.seqs
         for seq in plan.preempted:
             assert all(other.order < seq.order for other in running), "gave way to a newer one"
         for seq in running:
@@ -461,7 +461,7 @@ def test_only_a_running_parent_with_a_token_forks():
         model.step()
     assert len(model.scheduler.fork(seq, 1)) == 1
     model.scheduler.finish(seq)
-    with pytest.raises(ValueError, match="finished, 1 output"):
+    with pytest.raises(ValueError, match="finished, prompt=3, output=1"):
         model.scheduler.fork(seq, 1)
 
 
@@ -503,10 +503,14 @@ def test_a_blocked_prompt_is_not_looked_up_at_every_step(monkeypatch):
     model.add(range(17), 6)
     b = model.add(range(100, 117), 1)
     calls = []
-    peek = model.scheduler.allocator.peek
-    monkeypatch.setattr(
-        model.scheduler.allocator, "peek", lambda digests: calls.append(1) or peek(digests)
-    )
+    allocator = model.scheduler.allocator
+    peek = allocator.peek
+
+    def counted(digests):
+        calls.append(digests)
+        return peek(digests)
+
+    monkeypatch.setattr(allocator, "peek", counted)
     for _ in range(5):
         model.step()
     # Twice for the first request (to see, to take), once for the other.

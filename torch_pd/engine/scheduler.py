@@ -18,7 +18,6 @@ Integers only, no torch. The whole policy:
    (``Plan.copies``). A child without a row waits without pages, as if it were preempted.
 """
 
-from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Sequence as ListLike
 from itertools import compress
@@ -26,6 +25,7 @@ from itertools import compress
 import numpy as np
 
 from torch_pd.engine.plan import Plan
+from torch_pd.engine.running import Running
 from torch_pd.engine.sequence import Sequence, Status
 from torch_pd.engine.tables import Tables
 from torch_pd.engine.waiting import Waiting
@@ -71,24 +71,21 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.watermark = allocator.num_usable // 100
+        self._most_tokens = allocator.num_usable * block_size
 
         self.tables = Tables(max_num_seqs, self._pages_for(max_model_len), block_size)
         self.block_tables = self.tables.block_tables
 
         self._seqs: dict[int, Sequence] = {}  # all that wait or run
         self._next_id = 0
-        self._running: list[Sequence] = []  # oldest first
-        self._running_rows: np.ndarray | None = None  # of _running; None: to be gathered again
-        self._ended = False  # _running holds sequences that ended
+        self._running = Running()
         self._waiting = Waiting()
-        self._turn: tuple[int, int] | None = None  # order of the first one left out last time
-        self._blocked: tuple[Sequence, int] | None = None  # did not fit into so many free pages
+        self._blocked: tuple[Sequence | None, int] = None, 0  # did not fit into so many free pages
         # Pages copied from in the plan being made are held until it is made, lest one of them
         # becomes a copy's target too; these holds do not count as sharers.
         self._sources: Counter[int] = Counter()
-        self._flying: Plan | None = None
-
-    # Requests.
+        self._flying: Plan | None = None  # between schedule and update
+        self._ended_in_flight = False
 
     @property
     def num_running(self) -> int:
@@ -109,8 +106,8 @@ class Scheduler:
         """Queues a new sequence; returns its seq_id.
 
         Raises:
-            ValueError: an empty prompt, one that leaves no room for an output token in
-                max_model_len or max_total_len, or one that could not fit the pool even alone.
+            ValueError: the prompt is empty, leaves no room for an output token (max_model_len,
+                max_total_len), or would not fit the pool even alone.
         """
         assert seq.status is Status.NEW, f"sequence {seq.seq_id} was added before"
         n = seq.num_prompt
@@ -118,8 +115,8 @@ class Scheduler:
             raise ValueError("the prompt has no tokens; give at least one")
         if n > self.max_model_len - 1:
             raise ValueError(
-                f"the prompt has {n} tokens, but max_model_len={self.max_model_len} leaves room "
-                f"for {self.max_model_len} - 1 = {self.max_model_len - 1} before the first output "
+                f"the prompt has {n} tokens, but max_model_len={self.max_model_len} allows "
+                f"{self.max_model_len} - 1 = {self.max_model_len - 1} before the first output "
                 "token: shorten the prompt or raise max_model_len"
             )
         pages, usable = self._pages_for(n), self.allocator.num_usable
@@ -148,21 +145,15 @@ class Scheduler:
         """
         assert self._flying is None, "fork() belongs after update()"
         if parent.status is not Status.RUNNING or parent.num_output == 0:
-            raise ValueError(
-                f"sequence {parent.seq_id} ({parent.status.value}, {parent.num_output} output "
-                "tokens) cannot be forked: it must run and have sampled its first token"
-            )
+            raise ValueError(f"{parent} cannot be forked: it must run and have an output token")
         # All but the last prompt token are taken over: the child needs that one's logits.
         computed = parent.num_prompt - 1
         shared = parent.pages[: self._pages_for(computed)]
+        prompt = parent.token_ids[: parent.num_prompt]
         children = []
         for _ in range(n):
-            child = Sequence(
-                parent.request_id,
-                parent.token_ids[: parent.num_prompt],
-                max_total_len=parent.max_total_len,
-                data=parent.data,
-            )
+            child = Sequence(parent.request_id, prompt, max_total_len=parent.max_total_len)
+            child.data = parent.data
             child.digests = parent.digests[: parent.num_prompt // self.block_size]
             child.num_cached = parent.num_cached
             self._register(child, arrival=parent.order[0])
@@ -186,8 +177,6 @@ class Scheduler:
             self.finish(seq)
         return seq
 
-    # Steps.
-
     def schedule(self) -> Plan:
         """The next step. It holds work or failures whenever a sequence waits or runs.
 
@@ -196,7 +185,7 @@ class Scheduler:
         """
         assert self._flying is None, "update() the last plan first"
         plan = self._plan_running()
-        while plan.preempted and not plan.seqs and self._running:
+        while plan.preempted and not plan.seqs and self._running.seqs:
             # The only ones whose turn it was gave way, so it is the others' turn at once.
             again = self._plan_running()
             again.preempted[:0], again.failed[:0] = plan.preempted, plan.failed
@@ -222,7 +211,8 @@ class Scheduler:
         self._flying = None
         seqs, rows, starts, samples = plan.seqs, plan.rows, plan.starts, plan.samples
         ends = starts + plan.counts
-        if self._ended:
+        if self._ended_in_flight:
+            self._ended_in_flight = False
             alive = np.fromiter((s.status is Status.RUNNING for s in seqs), bool, len(seqs))
             tokens = tokens[alive[samples]]
             seqs = list(compress(seqs, alive.tolist()))
@@ -231,7 +221,10 @@ class Scheduler:
         if self.allocator.enable_prefix_caching:
             before, after = starts // self.block_size, ends // self.block_size
             for i in np.flatnonzero(after > before).tolist():
-                self._publish(seqs[i], int(before[i]), int(after[i]))
+                seq, first, last = seqs[i], int(before[i]), int(after[i])
+                digests = seq.page_digests(first, last, self.block_size)
+                for page, digest in zip(seq.pages[first:last], digests, strict=True):
+                    self.allocator.publish(page, digest)
         if not samples.all():
             seqs, rows = list(compress(seqs, samples.tolist())), rows[samples]
         for seq, token in zip(seqs, tokens.tolist(), strict=True):
@@ -241,30 +234,27 @@ class Scheduler:
 
     def _plan_running(self) -> Plan:
         """Rules 2 and 4: shares the tokens out, finds pages, preempts."""
-        if self._ended:
-            self._running = [seq for seq in self._running if seq.status is Status.RUNNING]
-            self._running_rows, self._ended = None, False
-        if self._running_rows is None:
-            self._running_rows = np.array([seq.row for seq in self._running], np.int64)
-        running, rows = self._running, self._running_rows
+        running = self._running.seqs
+        outgrown = self.tables.num_tokens[self._running.rows] > self._most_tokens
+        failed = [self._fail(seq) for seq in list(compress(running, outgrown.tolist()))]
+        rows = self._running.rows
         starts = self.tables.num_computed[rows]
-        counts = self._share(self.tables.num_tokens[rows] - starts)
+        wanted = self.tables.num_tokens[rows] - starts
+        counts = self._running.share(wanted, self.max_num_batched_tokens)
         ends = starts + counts
         copies: list[tuple[int, int]] = []
-        preempted, failed = [], []
+        preempted = []
         # Few sequences need a page or a copy in a step; only those cost a turn in Python.
         short = (ends > self.tables.capacity[rows]) | self.tables.forked[rows]
         for i in np.flatnonzero(short & (counts > 0)).tolist():
             if i >= len(running):
                 break  # preempted, and so is all behind it
             seq, start, end = running[i], int(starts[i]), int(ends[i])
-            if self._outgrown(end):
-                counts[i] = 0
-                failed.append(self._fail(seq))
-                continue
             while not self._grow(seq, start, end, copies):
-                victim = running.pop()
-                self._preempt(victim)
+                victim = running[-1]
+                self._release(victim)
+                victim.num_preemptions += 1
+                self._waiting.push(victim)
                 preempted.append(victim)
                 if victim is seq:
                     break
@@ -272,7 +262,6 @@ class Scheduler:
         self._sources.clear()
         if preempted:
             rows, starts, counts = (a[: len(running)] for a in (rows, starts, counts))
-            self._running_rows = rows
         seqs = list(running)
         served = counts > 0
         if not served.all():
@@ -281,20 +270,6 @@ class Scheduler:
         plan = Plan(seqs, rows, starts, counts)
         plan.copies, plan.preempted, plan.failed = copies, preempted, failed
         return plan
-
-    def _share(self, wanted: np.ndarray) -> np.ndarray:
-        """Deals max_num_batched_tokens out to the running sequences; counts [num_running]."""
-        budget, turn = self.max_num_batched_tokens, self._turn
-        self._turn = None
-        if wanted.sum() <= budget:
-            return wanted
-        first = bisect_left(self._running, turn, key=lambda s: s.order) if turn else 0
-        rolled = np.roll(wanted, -first)
-        given = np.clip(budget - (np.cumsum(rolled) - rolled), 0, rolled)
-        if not given.all():
-            left_out = int(np.argmin(given))
-            self._turn = self._running[(first + left_out) % len(wanted)].order
-        return np.roll(given, first)
 
     def _grow(self, seq: Sequence, start: int, end: int, copies: list[tuple[int, int]]) -> bool:
         """Gets the pages that computing tokens start .. end needs; False if too few are free."""
@@ -328,7 +303,7 @@ class Scheduler:
             seq = self._waiting.first()
             if seq is None:
                 break
-            if self._outgrown(len(seq.token_ids)):
+            if len(seq.token_ids) > self._most_tokens:
                 plan.failed.append(self._fail(seq))
                 continue
             room = self._first_pages(seq)
@@ -336,7 +311,7 @@ class Scheduler:
                 break
             pages, start = room
             self._waiting.pop()
-            self._blocked = None
+            self._blocked = None, 0
             if seq.num_preemptions == 0:
                 seq.num_cached = start
             self._run(seq, pages, start)
@@ -354,10 +329,8 @@ class Scheduler:
         """
         free = self.allocator.num_free
         crowded = self.num_running > 0
-        if crowded and self._blocked is not None:
-            blocked, free_then = self._blocked
-            if blocked is seq and free <= free_then:
-                return None  # spares looking up a long prompt at every step
+        if crowded and self._blocked[0] is seq and free <= self._blocked[1]:
+            return None  # spares looking up a long prompt at every step
         tokens = len(seq.token_ids)
         digests: list[bytes] = []
         if self.allocator.enable_prefix_caching and not seq.no_prefix_lookup:
@@ -373,8 +346,6 @@ class Scheduler:
         pages = self.allocator.lookup(digests) + self.allocator.allocate(missing)
         return pages, len(found) * self.block_size
 
-    # Bookkeeping.
-
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
@@ -386,16 +357,11 @@ class Scheduler:
     def _run(self, seq: Sequence, pages: list[int], computed: int) -> None:
         seq.status = Status.RUNNING
         self.tables.take(seq, pages, computed)
-        insort(self._running, seq, key=lambda s: s.order)
-        self._running_rows = None
+        self._running.add(seq)
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _release(self, seq: Sequence) -> None:
+        self._running.remove(seq)
         self.allocator.free(self.tables.give_back(seq))
-        seq.num_preemptions += 1
-        self._waiting.push(seq)
-
-    def _outgrown(self, tokens: int) -> bool:
-        return self._pages_for(tokens) > self.allocator.num_usable
 
     def _fail(self, seq: Sequence) -> Sequence:
         tokens, usable = len(seq.token_ids), self.allocator.num_usable
@@ -414,22 +380,16 @@ class Scheduler:
         if waited:
             self._waiting.note_ended()
         else:
-            self.allocator.free(self.tables.give_back(seq))
-            self._ended = True
-
-    def _publish(self, seq: Sequence, first: int, last: int) -> None:
-        digests = seq.page_digests(first, last, self.block_size)
-        for page, digest in zip(seq.pages[first:last], digests, strict=True):
-            self.allocator.publish(page, digest)
+            self._release(seq)
+            self._ended_in_flight = self._flying is not None
 
     def check(self) -> None:
-        """Integrity, to be called when idle or between steps.
+        """Integrity, for when it is idle (or between steps).
 
-        Raises:
-            AssertionError: a page or a row leaked or is used twice, or a table differs from the
-                sequences.
+        Raises AssertionError if a page or row is lost or used twice, or a table is wrong.
         """
-        running = [seq for seq in self._running if seq.status is Status.RUNNING]
+        running = self._running.seqs
+        assert all(seq.status is Status.RUNNING for seq in running), f"{running} do not all run"
         self.allocator.check([seq.pages for seq in running])
         self.tables.check(running)
         orders = [seq.order for seq in running]

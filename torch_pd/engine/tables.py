@@ -47,10 +47,11 @@ class Tables:
 
     def extend(self, seq: Sequence, pages: list[int]) -> None:
         """Appends pages to the sequence."""
-        held = len(seq.pages)
-        seq.pages += pages
-        self.block_tables[seq.row, held : held + len(pages)] = pages
-        self.capacity[seq.row] += len(pages) * self.block_size
+        row = seq.row
+        for page in pages:  # nearly always one, so a slice would cost more
+            self.block_tables[row, len(seq.pages)] = page
+            seq.pages.append(page)
+        self.capacity[row] = len(seq.pages) * self.block_size
 
     def replace(self, seq: Sequence, index: int, page: int) -> None:
         """Puts ``page`` in the place of the sequence's page ``index``."""

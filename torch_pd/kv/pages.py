@@ -3,14 +3,20 @@
 Integers only: the pages themselves live in kv/cache.py.
 """
 
-import hashlib
-from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from hashlib import blake2b
+from struct import Struct
 
 
 class OutOfPages(ValueError):
     """More pages were asked for than are free; nothing was allocated."""
+
+
+@cache
+def _packer(block_size: int) -> Callable[..., bytes]:
+    return Struct(f"{block_size}i").pack
 
 
 def page_hashes(token_ids: Sequence[int], block_size: int, parent: bytes = b"") -> list[bytes]:
@@ -21,12 +27,12 @@ def page_hashes(token_ids: Sequence[int], block_size: int, parent: bytes = b"") 
     ``page_hashes(rest, block_size, head[-1])`` for a head of full pages. Another first ``parent``
     (an adapter's name) gives another name space. A last page that is not full has no digest.
     """
+    # Parent and tokens cannot be mistaken for each other: the tokens' part has one length.
+    pack = _packer(block_size)
     digests = []
     for end in range(block_size, len(token_ids) + 1, block_size):
-        page = array("i", token_ids[end - block_size : end]).tobytes()
-        # The length of the parent goes in first: without it a parent could pass for tokens.
-        head = len(parent).to_bytes(4, "little") + parent
-        parent = hashlib.blake2b(head + page, digest_size=16).digest()
+        page = pack(*token_ids[end - block_size : end])
+        parent = blake2b(parent + page, digest_size=16).digest()
         digests.append(parent)
     return digests
 

@@ -1,0 +1,53 @@
+"""Running: the sequences that hold a row and pages, oldest first."""
+
+from bisect import bisect_left, insort
+
+import numpy as np
+
+from torch_pd.engine.sequence import Sequence
+
+
+def _order(seq: Sequence) -> tuple[int, int]:
+    return seq.order
+
+
+class Running:
+    """A list by ``Sequence.order``, its rows as an array, and whose turn it is."""
+
+    def __init__(self) -> None:
+        self.seqs: list[Sequence] = []
+        self._rows: np.ndarray | None = None  # None: to be gathered again
+        self._turn: tuple[int, int] | None = None  # order of the first one left out last time
+
+    def add(self, seq: Sequence) -> None:
+        """Puts a sequence in its place."""
+        insort(self.seqs, seq, key=_order)
+        self._rows = None
+
+    def remove(self, seq: Sequence) -> None:
+        """Takes out a sequence."""
+        del self.seqs[bisect_left(self.seqs, seq.order, key=_order)]
+        self._rows = None
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 [num_running], the sequences' rows of the tables; not to be changed."""
+        if self._rows is None:
+            self._rows = np.array([seq.row for seq in self.seqs], np.int64)
+        return self._rows
+
+    def share(self, wanted: np.ndarray, budget: int) -> np.ndarray:
+        """Deals ``budget`` tokens out: int64 [num_running], each at most ``wanted`` (at least 1).
+
+        Oldest first if all get some; otherwise the next call begins with the first one left out.
+        """
+        turn, self._turn = self._turn, None
+        if wanted.sum() <= budget:
+            return wanted
+        first = bisect_left(self.seqs, turn, key=_order) if turn else 0
+        rolled = np.roll(wanted, -first)
+        given = np.clip(budget - (np.cumsum(rolled) - rolled), 0, rolled)
+        if not given.all():
+            left_out = int(np.argmin(given))
+            self._turn = self.seqs[(first + left_out) % len(self.seqs)].order
+        return np.roll(given, first)
