@@ -24,8 +24,8 @@ template <typename... Args>
   throw std::runtime_error(message.str());
 }
 
-#define TPD_CHECK(op, condition, ...)                \
-  do {                                               \
+#define TPD_CHECK(op, condition, ...)                    \
+  do {                                                   \
     if (!(condition)) ::torch_pd::fail(op, __VA_ARGS__); \
   } while (0)
 
@@ -53,21 +53,28 @@ inline std::string shape_name(const Tensor& t) {
 }
 
 inline std::string device_name(const Tensor& t) {
-  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index())
+  return t.is_cuda()  ? "cuda:" + std::to_string(t.get_device_index())
          : t.is_cpu() ? std::string("cpu")
                       : std::string("another device");
 }
 
+// The dispatcher passes None for a Tensor as an undefined one, of which nothing can be asked.
+inline void check_given(const char* op, const char* name, const Tensor& t) {
+  TPD_CHECK(op, t.defined(), name, " must be a tensor, got None");
+}
+
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
+  check_given(op, name, t);
   TPD_CHECK(op, t.dim() == dim, name, " must have ", dim, " dimensions, got shape ", shape_name(t));
 }
 
 inline void check_size(const char* op, const char* name, const Tensor& t, int64_t d, int64_t size) {
-  TPD_CHECK(op, t.size(d) == size, name, " size of dimension ", d, " must be ", size, ", got shape ",
-            shape_name(t));
+  TPD_CHECK(op, t.size(d) == size, name, " size of dimension ", d, " must be ", size,
+            ", got shape ", shape_name(t));
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType type) {
+  check_given(op, name, t);
   TPD_CHECK(op, t.scalar_type() == type, name, " must be ", dtype_name(type), ", got ",
             dtype_name(t.scalar_type()));
 }
@@ -82,6 +89,8 @@ inline void check_float(const char* op, const char* name, const Tensor& t) {
 
 inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const char* other,
                              const Tensor& o) {
+  check_given(op, name, t);
+  check_given(op, other, o);
   TPD_CHECK(op, t.scalar_type() == o.scalar_type(), name, " is ", dtype_name(t.scalar_type()),
             " but ", other, " is ", dtype_name(o.scalar_type()));
 }

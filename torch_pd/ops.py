@@ -11,6 +11,7 @@ values. On CPU the values inside index tensors are checked as well.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -299,8 +300,21 @@ def describe_errors(row: Sequence[int]) -> str | None:
     return f"torch_pd::{name} on the device: {what}: {value}{more}"
 
 
-def _mutates_only(*args, **kwargs) -> None:
-    """Fake of an op that returns nothing and writes into its arguments."""
+def _register_fake(name: str) -> None:
+    """The fake of an op that returns nothing and writes into its arguments.
+
+    Meta tensors end here as well: a call that mixes them with real ones would do nothing.
+    """
+
+    def fake(*args: Any, **kwargs: Any) -> None:
+        values = (*args, *kwargs.values())
+        devices = {str(value.device) for value in values if isinstance(value, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(
+                f"torch_pd::{name}: tensors must be on one device, got {sorted(devices)}"
+            )
+
+    torch.library.register_fake(f"torch_pd::{name}", fake)
 
 
 for _name in (
@@ -314,7 +328,7 @@ for _name in (
     "gated_act",
     "linear",
 ):
-    torch.library.register_fake(f"torch_pd::{_name}", _mutates_only)
+    _register_fake(_name)
 
 
 @torch.library.register_fake("torch_pd::device_errors")
