@@ -15,6 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CUDA_MODULE = "torch_pd.libtorch_pd_cuda"
 
 
 def want_cuda(torch) -> bool:
@@ -31,7 +32,6 @@ class CMakeBuild(build_ext):
     """Runs CMake once for all libraries; setuptools then copies or installs the outputs."""
 
     def finalize_options(self):
-        super().finalize_options()
         try:
             import torch
         except ImportError as error:
@@ -40,8 +40,10 @@ class CMakeBuild(build_ext):
                 "pip install --no-build-isolation ."
             ) from error
         self.torch = torch
-        if want_cuda(torch):
-            self.extensions.append(Extension("torch_pd.libtorch_pd_cuda", sources=[]))
+        modules = self.distribution.ext_modules
+        if want_cuda(torch) and all(module.name != CUDA_MODULE for module in modules):
+            modules.append(Extension(CUDA_MODULE, sources=[]))
+        super().finalize_options()
 
     def get_ext_filename(self, name):
         return f"{name.replace('.', '/')}.so"

@@ -69,6 +69,7 @@ def model_flops(model: torch.nn.Module, tokens: int, sampled: int) -> float:
 def run_padded(folder: Path, prompts: list[str], out: int) -> tuple[float, list[list[int]]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     options = {"max_new_tokens": out, "min_new_tokens": out, "do_sample": False}
     start = time.perf_counter()

@@ -1,6 +1,6 @@
 """Batch: the tensors of one forward pass over packed tokens."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -28,8 +28,3 @@ class Batch:
     groups: tuple[GroupBatch, ...]
     places: Tensor | None = None
     """int64 [num_places, 2] if a block table names another pool (docs/layouts.md)."""
-    unpad: Tensor | None = None
-    """int64 [num_tokens] rows of the flattened padded [batch * length] input that the packed tokens
-    come from; None if the input is packed already (rows map one to one)."""
-    memo: dict = field(default_factory=dict)
-    """Tensors derived once per pass and shared by its layers (packed cos and sin)."""

@@ -197,6 +197,14 @@ class Scheduler:
             self._flying = plan
         return plan
 
+    def cancel(self, plan: Plan) -> None:
+        """Forgets a plan that could not be run: nothing of it counts as computed.
+
+        Its copies may not have been made, so the caller then ends its sequences.
+        """
+        assert plan is self._flying or not plan.seqs, "this is not the plan under way"
+        self._flying, self._ended_in_flight = None, False
+
     def update(self, plan: Plan, sampled_tokens: ListLike[int] | np.ndarray) -> None:
         """Records that a plan was run.
 

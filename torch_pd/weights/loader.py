@@ -1,6 +1,8 @@
 """Reading a model: a folder of safetensors, a GGUF file, random weights, or a module at hand."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,22 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load reports: errors say what is wrong."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def resolve_format(path: Path, load_format: str) -> str:
@@ -127,26 +145,32 @@ def load_model(
             loaded = AutoModelForCausalLM.from_config(read_config(path), dtype=torch_dtype)
         return loaded.eval()
     if load_format == "safetensors":
-        check_safetensors(path)
         config = read_config(path)
+        check_safetensors(path)
         torch_dtype = config.dtype or torch.float32 if dtype == "auto" else _DTYPES[dtype]
     else:
         torch_dtype = torch.float32 if dtype == "auto" else _DTYPES[dtype]
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            **_load_kwargs(path, load_format),
-            dtype=torch_dtype,
-            device_map=device,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _quiet():
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                **_load_kwargs(path, load_format),
+                dtype=torch_dtype,
+                device_map=device,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            )
     except (RuntimeError, OSError, KeyError, ImportError) as error:
         raise ValueError(f"{str(path)!r} cannot be loaded: {error}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
+    wrong = [
+        f"{name} is {list(have)} instead of {list(want)}"
+        for name, have, want in sorted(report["mismatched_keys"])
+    ]
+    wrong += [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    if wrong:
         raise ValueError(
-            f"{str(path)!r} lacks {len(missing)} tensors of {type(loaded).__name__}: "
-            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}"
+            f"{str(path)!r} does not hold the weights of {type(loaded).__name__}: "
+            f"{'; '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}"
         )
     return loaded.eval()
 
