@@ -115,6 +115,13 @@ def test_half_characters_are_held_back(tokenizer: Any) -> None:
     assert detokenizer.text == "🧿" + HALF
 
 
+def test_prompt_ending_in_half_a_character(tokenizer: Any) -> None:
+    ids = tokenizer("🧿 x")["input_ids"]
+    for cut in range(1, len(ids)):
+        text = run(Detokenizer(tokenizer, ids[:cut], SamplingParams()), [[i] for i in ids[cut:]])
+        assert text == whole(tokenizer, ids[cut:])
+
+
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_any_tokens(tokenizer: Any, byte_tokens: list[int], data: Any) -> None:

@@ -51,7 +51,7 @@ def reference_distribution(x: np.ndarray, params: SamplingParams) -> list[tuple[
     weights = {token: math.exp((x[token] - x[order[0]]) / params.temperature) for token in order}
     for token in order:
         assume(abs(weights[token] - params.min_p) > NEAR or params.min_p in (0.0, weights[token]))
-    kept = [token for token in order if weights[token] >= params.min_p and weights[token] > 1e-40]
+    kept = [token for token in order if weights[token] >= params.min_p and weights[token] > 1e-46]
     filtered = params.top_p < 1.0 or 0 < params.top_k < len(x)
     if params.top_k > 0:
         kept = kept[: params.top_k]
