@@ -95,6 +95,7 @@ class PagedCache(Cache):
     """
 
     is_compileable = False  # keeps generate from compiling and from building 4-D masks
+    _is_user_defined = False  # set where generate was given the cache; generate reads it
 
     def __init__(self, shape: KVShape, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(layers=[])

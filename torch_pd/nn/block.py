@@ -19,9 +19,16 @@ class Norm:
     eps: float
     offset: float
 
+    @property
+    def weight(self) -> Tensor:
+        """[width]."""
+        weight = self.module._parameters["weight"]
+        assert weight is not None
+        return weight
+
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> Tensor:
         """``out = norm(x)``; with a residual, ``residual += x`` and ``out = norm(residual)``."""
-        ops.rms_norm(x, self.module.weight, out, self.eps, residual=residual, offset=self.offset)
+        ops.rms_norm(x, self.weight, out, self.eps, residual=residual, offset=self.offset)
         return out
 
 
@@ -60,8 +67,8 @@ class FusedAttention:
             pages.slots,
             cos=cos,
             sin=sin,
-            q_norm=None if q_norm is None else q_norm.module.weight,
-            k_norm=None if k_norm is None else k_norm.module.weight,
+            q_norm=None if q_norm is None else q_norm.weight,
+            k_norm=None if k_norm is None else k_norm.weight,
             eps=0.0 if q_norm is None else q_norm.eps,
             norm_offset=0.0 if q_norm is None else q_norm.offset,
         )
@@ -126,7 +133,6 @@ class FusedBlock:
     post_mlp: Norm | None
     multiplier: float
     """Of both branches before they are added (Granite)."""
-    remove_hook: Callable[[], None] | None = None
 
     def __call__(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         """``hidden [T, C]`` is left as it is: others may hold it. Returns a new ``[T, C]``."""
@@ -166,7 +172,7 @@ def forward(
 
     The other arguments (mask, cache, positions) say what the batch of the running pass says.
     """
-    block: FusedBlock = layer._torch_pd
+    block: FusedBlock = layer.__dict__["_torch_pd"]
     rotation = None
     if block.attention.rotary:
         assert position_embeddings is not None
@@ -184,5 +190,6 @@ def apply(layer: nn.Module, fn: Callable, recurse: bool = True) -> nn.Module:
 
 def merge_again(layer: nn.Module, *args) -> None:
     """After the storage of parameters may have been replaced; also a load_state_dict hook."""
-    for merged in layer._torch_pd.merged():
+    block: FusedBlock = layer.__dict__["_torch_pd"]
+    for merged in block.merged():
         merged.merge()

@@ -5,7 +5,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torch_pd.context import Batch
@@ -20,7 +20,7 @@ _CACHE_NAMES = (None, "dynamic", "dynamic_full", "hybrid")
 
 def run(
     state: "PatchState",
-    model: PreTrainedModel,
+    model: nn.Module,
     pool: KVPool,
     batch: Batch,
     positions: Tensor,
@@ -62,7 +62,7 @@ def forward(model: PreTrainedModel, *args, **kwargs) -> Any:
     Raises:
         ValueError: the model is in training mode, or an argument asks for what KV pages do not do.
     """
-    state: PatchState = model._torch_pd
+    state: PatchState = model.__dict__["_torch_pd"]
     given = _arguments(state, args, kwargs)
     if model.training:
         raise ValueError(
@@ -146,7 +146,7 @@ def prepare_cache(
     Raises:
         ValueError: another kind of cache is asked for.
     """
-    state: PatchState = model._torch_pd
+    state: PatchState = model.__dict__["_torch_pd"]
     cache = _check_cache(state, model, model_kwargs.get("past_key_values"))
     if generation_config.cache_implementation not in _CACHE_NAMES:
         raise ValueError(
@@ -154,7 +154,7 @@ def prepare_cache(
             "torch_pd keeps its keys and values in pages; leave it out"
         )
     if cache is not None:
-        cache._is_user_defined = True  # generate asks for this mark
+        cache._is_user_defined = True
     elif generation_config.use_cache is not False:
         model_kwargs["past_key_values"] = new_cache(state, model)
 

@@ -46,9 +46,9 @@ class MergedLinear:
     def merge(self) -> None:
         """Merges what the modules hold now; to be called after their storage was replaced."""
         self.weight = _merge([module.weight for module in self.linears])
-        biases = [module.bias for module in self.linears if module.bias is not None]
-        assert len(biases) in (0, len(self.linears))
-        self.bias = _merge(biases) if biases else None
+        # All have a bias or none.
+        biased = self.linears[0].bias is not None
+        self.bias = _merge([module.bias for module in self.linears]) if biased else None
 
     def split(self) -> None:
         """Gives every module storage of its own again."""
@@ -58,7 +58,7 @@ class MergedLinear:
                     parameter.data = parameter.data.clone()
 
 
-def _merge(parameters: list[nn.Parameter]) -> Tensor:
+def _merge(parameters: list[Tensor]) -> Tensor:
     if len(parameters) == 1:
         return parameters[0].data
     with torch.no_grad():

@@ -123,12 +123,12 @@ def is_patched(model: nn.Module) -> bool:
     return isinstance(model.__dict__.get("_torch_pd"), PatchState)
 
 
-def describe(model: PreTrainedModel) -> list[ModulePath]:
+def describe(model: nn.Module) -> list[ModulePath]:
     """The path that each module of a patched model takes."""
     return list(_state(model).paths)
 
 
-def kv_shape(model: PreTrainedModel, block_size: int | None = None) -> KVShape:
+def kv_shape(model: nn.Module, block_size: int | None = None) -> KVShape:
     """Sizes of a KV page of a patched model."""
     return _state(model).shape(block_size)
 
@@ -143,7 +143,7 @@ def new_pool(model: PreTrainedModel, num_pages: int, block_size: int | None = No
 
 @torch.no_grad()
 def forward_packed(
-    model: PreTrainedModel,
+    model: nn.Module,
     pool: KVPool,
     batch: Batch,
     input_ids: Tensor,
@@ -253,10 +253,10 @@ def _verify(
     change = (want.float() - hidden.float()).abs().max()
     rounding = torch.finfo(want.dtype).eps * want.float().abs().max()
     allowed = (1e-4 if exact else 5e-2) * change + 4 * rounding
-    error = (got.float() - want.float()).abs().max()
-    if bool(error <= allowed):
+    off = (got.float() - want.float()).abs().max()
+    if bool(off <= allowed):
         return True, ""
-    return False, f"differs from transformers by {error:.1e} where {allowed:.1e} is allowed"
+    return False, f"differs from transformers by {off:.1e} where {allowed:.1e} is allowed"
 
 
 def _unbound_forward(model: nn.Module) -> Callable[..., Any]:

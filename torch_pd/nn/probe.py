@@ -101,7 +101,7 @@ def probe_model(model: PreTrainedModel, undo: list[Undo]) -> Probe:
     for own in configs:
         own._attn_implementation_internal = _PROBE
     experts = [own._experts_implementation_internal for own in configs]
-    if model.get_input_embeddings().weight.is_meta:
+    if _embedding(model).is_meta:
         for own in configs:  # the default way through the experts reads the routing's numbers
             own._experts_implementation_internal = "batched_mm"
     try:
@@ -166,7 +166,7 @@ class _MetaIsFalse(TorchFunctionMode):
 
 def _record(model: PreTrainedModel) -> Probe:
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    device = model.get_input_embeddings().weight.device
+    device = _embedding(model).device
     running = Pass(batch=_batch(device))
 
     def new_pool(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVPool:
@@ -232,9 +232,14 @@ def _layer_around(model: nn.Module, name: str) -> str | None:
     return None
 
 
+def _embedding(model: PreTrainedModel) -> Tensor:
+    """[vocab, width]."""
+    return model.get_input_embeddings().get_parameter("weight")
+
+
 def _run(model: PreTrainedModel, device: torch.device) -> None:
     num_tokens = sum(_LENGTHS)
-    vocab = model.get_input_embeddings().weight.shape[0]
+    vocab = _embedding(model).shape[0]
     ids = (torch.arange(num_tokens, device=device) * 7 + 3) % vocab
     positions = torch.cat([torch.arange(length) for length in _LENGTHS]).to(device)
     model(

@@ -76,7 +76,16 @@ def recognise(layer: nn.Module, call: AttentionCall, index: int, running: Pass) 
     build_attention = _recognise_attention(call, index, running)
     build_mlp = _recognise_mlp(mlp_module)
     multiplier = getattr(layer, "residual_multiplier", 1.0)
-    return FusedBlock(build_attention(), build_mlp(), *slots, multiplier=float(multiplier))
+    pre_attention, post_attention, pre_mlp, post_mlp = slots
+    return FusedBlock(
+        attention=build_attention(),
+        mlp=build_mlp(),
+        pre_attention=pre_attention,
+        post_attention=post_attention,
+        pre_mlp=pre_mlp,
+        post_mlp=post_mlp,
+        multiplier=float(multiplier),
+    )
 
 
 def _check_plain(name: str, module: nn.Module) -> None:
@@ -129,7 +138,7 @@ def _recognise_attention(
         )
         if (q_norm.eps, q_norm.offset) != (k_norm.eps, k_norm.offset):
             raise NotRecognised("q_norm and k_norm differ in more than their weights")
-        widths = [norm.module.weight.numel() for norm in (q_norm, k_norm)]
+        widths = [norm.weight.numel() for norm in (q_norm, k_norm)]
         dim = call.head_dim
         if widths not in ([dim, dim], [call.num_heads * dim, call.num_kv_heads * dim]):
             raise NotRecognised(f"q_norm and k_norm are {widths} wide for heads of {dim}")
@@ -192,16 +201,17 @@ def _recognise_norm(name: str, module: nn.Module | None) -> Norm:
         raise NotRecognised(f"{name} is missing")
     weights = dict(module.named_parameters())
     eps = next(
-        (getattr(module, e) for e in ("variance_epsilon", "eps") if hasattr(module, e)), None
+        (vars(module)[name] for name in ("variance_epsilon", "eps") if name in vars(module)), None
     )
     if list(weights) != ["weight"] or weights["weight"].dim() != 1 or not isinstance(eps, float):
         raise NotRecognised(f"{name} is not an RMSNorm")
     _check_plain(name, module)
     generator = torch.Generator().manual_seed(0)
     width = weights["weight"].shape[0]
-    probe = copy.deepcopy(module).to_empty(device="cpu").float()
+    probe: Callable[[Tensor], Tensor]
+    probe = copied = copy.deepcopy(module).to_empty(device="cpu").float()
     weight = torch.randn(width, generator=generator)
-    probe.weight.data.copy_(weight)
+    copied.get_parameter("weight").data.copy_(weight)
     # Small rows as well, where eps counts.
     x = torch.randn(3, width, generator=generator) * torch.tensor([[1.0], [30.0], [eps**0.5]])
     with torch.no_grad():
