@@ -45,7 +45,6 @@ class Limits:
         source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
         target = torch.empty_like(source)
         copy = 2 * source.nbytes / median_us(lambda: target.copy_(source)) * 1e6
-        del source, target
         a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         gemm = 2 * 8192**3 / median_us(lambda: a @ b, 10) * 1e6
         return cls(torch.cuda.get_device_name(), copy, gemm)
