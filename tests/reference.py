@@ -225,3 +225,53 @@ def assert_rounded(actual: Tensor, expected: Tensor, float32_error: float = 2e-6
     allowed = expected.abs() * half_step + largest * float32_error + tiny
     worst = ((actual.double() - expected).abs() - allowed).max() if expected.numel() else -1
     assert worst <= 0, f"off by {worst} more than allowed"
+
+
+def ref_paged_attention(
+    q: Tensor,
+    caches: list[tuple[Tensor, Tensor]],
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    scale: float,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``q [T, H, D]`` over ``caches``, the (K, V) of every place.
+
+    Returns out ``[T, H, Dv]`` and lse ``[T, H]``; rows of no sequence stay NaN.
+    """
+    heads = q.shape[1]
+    block_size, kv_heads = caches[0][0].shape[1:3]
+    out = poisoned(q.shape[0], heads, caches[0][1].shape[3], dtype=torch.float64)
+    lse = poisoned(q.shape[0], heads, dtype=torch.float64)
+    for s, length in enumerate(seq_lens.tolist()):
+        begin, end = query_start[s].item(), query_start[s + 1].item()
+        if begin == end:
+            continue
+        entries = block_tables[s, : -(-length // block_size)].tolist()
+        k, v = (
+            torch.cat([caches[e >> PLACE_SHIFT][i][e & PAGE_MASK] for e in entries])[:length]
+            .double()
+            .repeat_interleave(heads // kv_heads, 1)
+            for i in (0, 1)
+        )
+        scores = torch.einsum("qhd,khd->hqk", q[begin:end].double(), k) * scale
+        if soft_cap:
+            scores = soft_cap * (scores / soft_cap).tanh()
+        age = torch.arange(length - (end - begin), length)[:, None] - torch.arange(length)
+        hidden = age < 0
+        if window:
+            hidden |= age >= window
+        scores.masked_fill_(hidden, -torch.inf)
+        if sinks is not None:
+            column = sinks.double()[:, None, None].expand(-1, end - begin, 1)
+            scores = torch.cat([scores, column], 2)
+        lse[begin:end] = scores.logsumexp(2).T
+        weights = scores.softmax(2)[:, :, :length]
+        if window:  # what is behind every window may be anything
+            v = torch.where((hidden.all(0))[:, None, None], 0, v)
+        out[begin:end] = torch.einsum("hqk,khd->qhd", weights, v)
+    return out, lse

@@ -4,10 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #include "../params.h"
+#include "scratch.h"
 
 namespace torch_pd {
 
@@ -16,28 +15,6 @@ namespace {
 // Rows of x that stay in a core's L2 while the weights pass.
 constexpr int64_t kPackedFloats = 320 * 1024;
 constexpr int64_t kMaxRows = 512;
-
-// The caller's scratch: kept between calls, since fresh pages cost more than the packing.
-float* packed_buffer(int64_t size) {
-  struct Free {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-  };
-  thread_local std::unique_ptr<float[], Free> buffer;
-  thread_local int64_t capacity = 0;
-  if (size > capacity) {
-    buffer.reset();
-    capacity = 0;
-    buffer.reset(static_cast<float*>(::operator new[](size * sizeof(float), std::align_val_t(64))));
-    capacity = size;
-  }
-  return buffer.get();
-}
-
-FloatType float_type(ScalarType type) {
-  return type == ScalarType::Float      ? FloatType::kFloat
-         : type == ScalarType::BFloat16 ? FloatType::kBFloat16
-                                        : FloatType::kHalf;
-}
 
 void linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, Tensor out) {
   const Linear p = make_linear("linear", x, weight, bias, out);
@@ -52,8 +29,8 @@ void linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, Tensor
                p.weight,
                p.bias,
                nullptr,
-               packed_buffer(linear_packed_size(std::min(part_rows, p.rows), p.in)),
-               float_type(p.dtype),
+               scratch_floats(linear_packed_size(std::min(part_rows, p.rows), p.in)),
+               p.dtype,
                0,
                p.in,
                p.out_features,

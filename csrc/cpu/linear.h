@@ -1,13 +1,15 @@
 // Kernels of `linear`, one set per instruction set (isa.h).
 #pragma once
 
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <cstdint>
 
 #include "isa.h"
 
 namespace torch_pd {
 
-enum class FloatType { kFloat, kBFloat16, kHalf };
+using torch::headeronly::ScalarType;
 
 // Weight rows of one work item.
 constexpr int64_t kLinearBlock = 48;
@@ -17,8 +19,8 @@ constexpr int64_t kLinearBlock = 48;
 struct LinearRows {
   const void *x, *weight, *bias;  // bias null if not given
   void* out;
-  float* packed;  // linear_packed_size(rows, in) floats, 64-byte aligned
-  FloatType dtype;
+  float* packed;     // linear_packed_size(rows, in) floats, 64-byte aligned
+  ScalarType dtype;  // float32, bfloat16 or float16
   int64_t rows, in, out_features, x_row, weight_row, out_row;
 };
 

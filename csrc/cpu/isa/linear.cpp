@@ -248,17 +248,17 @@ void blocks(const LinearRows& p, int64_t begin, int64_t end) {
 
 void linear_pack(const LinearRows& p, int64_t k_begin, int64_t k_end) {
   switch (p.dtype) {
-    case FloatType::kFloat: return pack<float>(p, k_begin, k_end);
-    case FloatType::kBFloat16: return pack<BF16>(p, k_begin, k_end);
-    case FloatType::kHalf: return pack<F16>(p, k_begin, k_end);
+    case ScalarType::Float: return pack<float>(p, k_begin, k_end);
+    case ScalarType::BFloat16: return pack<BF16>(p, k_begin, k_end);
+    default: return pack<F16>(p, k_begin, k_end);
   }
 }
 
 void linear_blocks(const LinearRows& p, int64_t begin, int64_t end) {
   switch (p.dtype) {
-    case FloatType::kFloat: return blocks<float>(p, begin, end);
-    case FloatType::kBFloat16: return blocks<BF16>(p, begin, end);
-    case FloatType::kHalf: return blocks<F16>(p, begin, end);
+    case ScalarType::Float: return blocks<float>(p, begin, end);
+    case ScalarType::BFloat16: return blocks<BF16>(p, begin, end);
+    default: return blocks<F16>(p, begin, end);
   }
 }
 

@@ -195,6 +195,18 @@ TPD_INLINE void store_n(T* p, VF v, int n) {
 }
 #endif
 
+// 2 * kLanes elements of 16 bits as they are, two to a lane; or the first n of them, then zeros.
+TPD_INLINE VF load_words(const BF16* p) {
+  VF v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+TPD_INLINE VF load_words_n(const BF16* p, int n) {
+  VF v = {};
+  __builtin_memcpy(&v, p, n * sizeof(BF16));
+  return v;
+}
+
 // --- across lanes ---
 
 #if defined(__AVX512F__)
