@@ -1,163 +1,17 @@
-"""Scheduler: each rule by itself, then random loads on a fake model whose tokens come from pages.
-
-The fake model keeps the token of each slot in a dict of pages and derives the next token from all
-tokens that a sequence's row of the block tables leads to. A wrong page, table, copy or recompute
-therefore changes tokens, which must equal those of the sequence alone.
-"""
+"""Scheduler: each rule of its policy by itself."""
 
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from fake_model import FakeModel, make
 
 from torch_pd.engine.scheduler import Scheduler
 from torch_pd.engine.sequence import Sequence, Status
 from torch_pd.kv.pages import PageAllocator
 
 ROOT = Path(__file__).parent.parent
-
-
-def next_token(token_ids, salt):
-    return zlib.crc32(np.array([salt, *token_ids], np.int32).tobytes()) % 50_000
-
-
-def alone(prompt, salt, num_output):
-    ids = list(prompt)
-    for _ in range(num_output):
-        ids.append(next_token(ids, salt))
-    return ids
-
-
-def make(usable, block_size=4, seqs=8, tokens=64, length=256, caching=False):
-    return Scheduler(
-        PageAllocator(usable + 1, enable_prefix_caching=caching),
-        block_size=block_size,
-        max_num_seqs=seqs,
-        max_num_batched_tokens=tokens,
-        max_model_len=length,
-    )
-
-
-class FakeModel:
-    """Runs plans on simulated pages; ``data`` of a sequence is (salt, tokens to sample, forks)."""
-
-    def __init__(self, scheduler):
-        self.scheduler = scheduler
-        self.pages: dict[int, list] = {}
-        self.children: list[Sequence] = []
-        self.left_out: dict[int, int] = {}
-
-    def add(self, prompt, num_output, n=1, salt=0, **kwargs):
-        data = (salt, num_output, n - 1)
-        total = len(prompt) + num_output
-        seq = Sequence("r", prompt, max_total_len=total, data=data, **kwargs)
-        self.scheduler.add(seq)
-        return seq
-
-    def schedule(self):
-        s = self.scheduler
-        before = {seq.seq_id for seq in s._running.seqs}
-        plan = s.schedule()
-        s.check()
-        assert plan.seqs or plan.failed or not s.has_unfinished, "no work although some is left"
-        assert plan.num_tokens == plan.counts.sum() <= s.max_num_batched_tokens
-        assert s.num_running <= s.max_num_seqs
-        waiting = s._waiting.check()
-        running = s._running.seqs
-        for seq in plan.preempted:
-            assert all(other.order < seq.order for other in running), "gave way to a newer one"
-        for seq in running:
-            if seq.seq_id not in before:
-                assert all(other.order > seq.order for other in waiting), "overtook an older one"
-            served = seq in plan.seqs
-            streak = self.left_out[seq.seq_id] = (
-                0 if served else self.left_out.get(seq.seq_id, 0) + 1
-            )
-            assert streak < s.max_num_seqs, "left out twice while others ran twice"
-        return plan
-
-    def run(self, plan):
-        """The tokens of a plan, read through the block tables."""
-        s, size = self.scheduler, self.scheduler.block_size
-        for page in s.allocator._blank:
-            self.pages.pop(page, None)  # nobody may read it any more
-        sources, targets = {a for a, _ in plan.copies}, [b for _, b in plan.copies]
-        assert len(set(targets)) == len(targets)
-        assert not sources & set(targets)
-        for source, target in plan.copies:
-            self.pages[target] = list(self.pages[source])
-        written = set()
-        for seq, row, start, count in zip(
-            plan.seqs, plan.rows, plan.starts, plan.counts, strict=True
-        ):
-            assert row == seq.row
-            assert count >= 1
-            for position in range(start, start + count):
-                page = s.block_tables[row, position // size]
-                slot = (page, position % size)
-                assert page != 0
-                assert slot not in written, "two sequences write to one slot"
-                assert s.allocator.refcount(int(page)) == 1, "wrote to a shared page"
-                written.add(slot)
-                self.pages.setdefault(page, [None] * size)[slot[1]] = seq.token_ids[position]
-        tokens = []
-        for seq, row, end, samples in zip(
-            plan.seqs, plan.rows, plan.starts + plan.counts, plan.samples, strict=True
-        ):
-            table = s.block_tables[row, : -(-end // size)]
-            seen = [token for page in table for token in self.pages[page]][:end]
-            assert seen == seq.token_ids[:end]
-            assert samples == (end == len(seq.token_ids))
-            if samples:
-                tokens.append(next_token(seen, seq.data[0]))
-        return tokens
-
-    def finish_step(self, plan, tokens):
-        s = self.scheduler
-        s.update(plan, tokens)
-        sampled = [q for q, x in zip(plan.seqs, plan.samples, strict=True) if x]
-        for seq in sampled:
-            if seq.status is not Status.RUNNING:
-                continue  # aborted in flight
-            salt, num_output, forks = seq.data
-            assert s.tables.last_token[seq.row] == seq.token_ids[-1]
-            if forks and seq.num_output == 1:
-                for i, child in enumerate(s.fork(seq, forks)):
-                    child.data = (salt + i + 1, num_output, 0)
-                    self.children.append(child)
-            if seq.at_length_limit:
-                s.finish(seq)
-        s.check()
-
-    def step(self):
-        plan = self.schedule()
-        self.finish_step(plan, self.run(plan))
-        return plan
-
-    def drain(self, limit=10_000):
-        for steps in range(limit):
-            if not self.scheduler.has_unfinished:
-                return steps
-            self.step()
-        raise AssertionError(f"unfinished after {limit} steps")
-
-    def verify(self, seq):
-        salt, num_output, _ = seq.data
-        expected = alone(seq.token_ids[: seq.num_prompt], salt, num_output)
-        assert seq.token_ids == expected[: len(seq.token_ids)]
-        if seq.status is Status.FAILED:
-            s = self.scheduler
-            capacity = s.allocator.num_usable * s.block_size
-            assert len(seq.token_ids) == capacity + 1
-            assert f"the whole pool has {s.allocator.num_usable}" in seq.error
-        elif seq.status is Status.FINISHED:
-            assert len(seq.token_ids) == len(expected)
 
 
 def starts_and_counts(plan):
@@ -452,16 +306,19 @@ def test_a_parent_that_ends_at_once_leaves_its_pages_to_the_children():
     model.verify(model.children[0])
 
 
-def test_only_a_running_parent_with_a_token_forks():
+def test_only_a_parent_with_its_first_token_forks():
     model = FakeModel(make(usable=10, tokens=2))
-    seq = model.add(range(3), 2)
+    seq = model.add(range(3), 3)
     for _ in range(2):
-        with pytest.raises(ValueError, match="cannot be forked"):
+        with pytest.raises(ValueError, match=r"output=0.* cannot be forked"):
             model.scheduler.fork(seq, 1)
         model.step()
-    assert len(model.scheduler.fork(seq, 1)) == 1
-    model.scheduler.finish(seq)
-    with pytest.raises(ValueError, match="finished, prompt=3, output=1"):
+    assert model.scheduler.fork(seq, 0) == []
+    model.step()
+    with pytest.raises(ValueError, match=r"running, prompt=3, output=2.* cannot be forked"):
+        model.scheduler.fork(seq, 1)
+    model.step()
+    with pytest.raises(ValueError, match=r"finished, prompt=3, output=3.* cannot be forked"):
         model.scheduler.fork(seq, 1)
 
 
@@ -517,82 +374,3 @@ def test_a_blocked_prompt_is_not_looked_up_at_every_step(monkeypatch):
     assert (len(calls), b.status) == (3, Status.WAITING)
     model.drain()
     model.verify(b)
-
-
-# Any load.
-
-
-class SchedulerMachine(RuleBasedStateMachine):
-    """Random arrivals, forks, aborts and steps under tight limits."""
-
-    @initialize(
-        usable=st.integers(1, 14),
-        block_size=st.sampled_from([1, 2, 4]),
-        seqs=st.integers(1, 5),
-        tokens=st.sampled_from([1, 2, 3, 7, 64]),
-        caching=st.booleans(),
-    )
-    def start(self, usable, block_size, seqs, tokens, caching):
-        self.model = FakeModel(make(usable, block_size, seqs, tokens, 40, caching))
-        self.scheduler = self.model.scheduler
-        self.seqs: list[Sequence] = []
-
-    @rule(
-        shared=st.integers(0, 12),
-        own=st.integers(0, 6),
-        num_output=st.integers(1, 12),
-        n=st.sampled_from([1, 1, 1, 2, 3]),
-        salt=st.integers(0, 1),
-        no_lookup=st.sampled_from([False, False, True]),
-    )
-    def add(self, shared, own, num_output, n, salt, no_lookup):
-        prompt = [*range(shared), *(1000 + 10 * salt + i for i in range(own))]
-        s = self.scheduler
-        capacity = s.allocator.num_usable * s.block_size
-        if not prompt or len(prompt) > min(capacity, s.max_model_len - 1):
-            with pytest.raises(ValueError, match="token"):
-                self.model.add(prompt, num_output)
-            return
-        seq = self.model.add(prompt, num_output, n, salt, no_prefix_lookup=no_lookup)
-        self.seqs.append(seq)
-
-    @rule(n=st.integers(1, 4))
-    def step(self, n):
-        for _ in range(n):
-            self.model.step()
-
-    @precondition(lambda self: self.seqs)
-    @rule(data=st.data(), in_flight=st.booleans())
-    def abort(self, data, in_flight):
-        plan = None
-        if in_flight:
-            plan = self.model.schedule()
-            tokens = self.model.run(plan)
-        seq = data.draw(st.sampled_from(self.seqs + self.model.children))
-        live = seq.status in (Status.WAITING, Status.RUNNING)
-        assert self.scheduler.abort(seq.seq_id) is (seq if live else None)
-        if live:
-            seq.data = (seq.data[0], seq.num_output, 0)
-        if plan is not None:
-            self.model.finish_step(plan, tokens)
-
-    def teardown(self):
-        if not hasattr(self, "model"):
-            return
-        # The oldest is never preempted and served at least every max_num_seqs steps.
-        everyone = self.seqs + [c for s in self.seqs for c in [s] * s.data[2]]
-        work = sum(s.num_prompt + s.data[1] for s in everyone + self.model.children)
-        self.model.drain(limit=work * self.scheduler.max_num_seqs + 1)
-        for seq in self.seqs + self.model.children:
-            assert seq.status in (Status.FINISHED, Status.FAILED)
-            self.model.verify(seq)
-        self.scheduler.check()
-        self.scheduler.allocator.check([])
-        assert self.scheduler.allocator.num_used == 0
-        assert not self.scheduler.block_tables.any()
-
-
-SchedulerMachine.TestCase.settings = settings(
-    deadline=None, max_examples=150, stateful_step_count=30
-)
-TestScheduler = SchedulerMachine.TestCase

@@ -4,7 +4,7 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
-from torch_pd.engine.sequence import Sequence
+from torch_pd.engine.sequence import Sequence, Status
 
 
 def _order(seq: Sequence) -> tuple[int, int]:
@@ -21,6 +21,7 @@ class Running:
 
     def add(self, seq: Sequence) -> None:
         """Puts a sequence in its place."""
+        seq.status = Status.RUNNING
         insort(self.seqs, seq, key=_order)
         self._rows = None
 
@@ -51,3 +52,11 @@ class Running:
             left_out = int(np.argmin(given))
             self._turn = self.seqs[(first + left_out) % len(self.seqs)].order
         return np.roll(given, first)
+
+    def check(self) -> list[Sequence]:
+        """All that run; raises AssertionError if one does not or their order is wrong."""
+        assert all(s.status is Status.RUNNING for s in self.seqs), f"{self.seqs} do not all run"
+        orders = [seq.order for seq in self.seqs]
+        assert orders == sorted(orders), f"running sequences out of order: {orders}"
+        assert self.rows.tolist() == [seq.row for seq in self.seqs], "gathered rows are stale"
+        return self.seqs

@@ -18,7 +18,6 @@ Integers only, no torch. The whole policy:
    (``Plan.copies``). A child without a row waits without pages, as if it were preempted.
 """
 
-from collections import Counter
 from collections.abc import Sequence as ListLike
 from itertools import compress
 
@@ -81,9 +80,6 @@ class Scheduler:
         self._running = Running()
         self._waiting = Waiting()
         self._blocked: tuple[Sequence | None, int] = None, 0  # did not fit into so many free pages
-        # Pages copied from in the plan being made are held until it is made, lest one of them
-        # becomes a copy's target too; these holds do not count as sharers.
-        self._sources: Counter[int] = Counter()
         self._flying: Plan | None = None  # between schedule and update
         self._ended_in_flight = False
 
@@ -137,17 +133,21 @@ class Scheduler:
     def fork(self, parent: Sequence, n: int) -> list[Sequence]:
         """``n`` more outputs of the parent's prompt, running (as far as rows last) or waiting.
 
-        To be called after the update() that gave the parent its first token, before finish().
-        The children hold the prompt only; ``data`` is the parent's, for the engine to replace.
+        To be called between the update() that gave the parent its first token and finish(). The
+        children hold the prompt only; ``data`` is the parent's, for the engine to replace.
 
         Raises:
-            ValueError: the parent does not run or its prompt is not computed yet.
+            ValueError: the parent does not run, or has not just sampled its first token.
         """
         assert self._flying is None, "fork() belongs after update()"
-        if parent.status is not Status.RUNNING or parent.num_output == 0:
-            raise ValueError(f"{parent} cannot be forked: it must run and have an output token")
+        computed = parent.num_prompt
+        ready = parent.status is Status.RUNNING and parent.num_output == 1
+        if not ready or self.tables.num_computed[parent.row] != computed:
+            raise ValueError(
+                f"{parent} cannot be forked: it must have just sampled its first token"
+            )
         # All but the last prompt token are taken over: the child needs that one's logits.
-        computed = parent.num_prompt - 1
+        computed -= 1
         shared = parent.pages[: self._pages_for(computed)]
         prompt = parent.token_ids[: parent.num_prompt]
         children = []
@@ -242,18 +242,17 @@ class Scheduler:
 
     def _plan_running(self) -> Plan:
         """Rules 2 and 4: shares the tokens out, finds pages, preempts."""
-        running = self._running.seqs
-        outgrown = self.tables.num_tokens[self._running.rows] > self._most_tokens
+        running, tables = self._running.seqs, self.tables
+        outgrown = tables.num_tokens[self._running.rows] > self._most_tokens
         failed = [self._fail(seq) for seq in list(compress(running, outgrown.tolist()))]
         rows = self._running.rows
-        starts = self.tables.num_computed[rows]
-        wanted = self.tables.num_tokens[rows] - starts
-        counts = self._running.share(wanted, self.max_num_batched_tokens)
+        starts = tables.num_computed[rows]
+        counts = self._running.share(tables.num_tokens[rows] - starts, self.max_num_batched_tokens)
         ends = starts + counts
         copies: list[tuple[int, int]] = []
         preempted = []
         # Few sequences need a page or a copy in a step; only those cost a turn in Python.
-        short = (ends > self.tables.capacity[rows]) | self.tables.forked[rows]
+        short = (ends > tables.capacity[rows]) | tables.forked[rows]
         for i in np.flatnonzero(short & (counts > 0)).tolist():
             if i >= len(running):
                 break  # preempted, and so is all behind it
@@ -266,8 +265,6 @@ class Scheduler:
                 preempted.append(victim)
                 if victim is seq:
                     break
-        self.allocator.free(list(self._sources.elements()))
-        self._sources.clear()
         if preempted:
             rows, starts, counts = (a[: len(running)] for a in (rows, starts, counts))
         seqs = list(running)
@@ -289,14 +286,16 @@ class Scheduler:
         copy = False
         if self.tables.forked[seq.row] and first < held:
             page = seq.pages[first]
-            copy = self.allocator.refcount(page) - self._sources[page] > 1
+            copy = self.allocator.refcount(page) > 1
         if missing + copy > self.allocator.num_free:
             return False
         self.tables.forked[seq.row] = False
         if copy:
+            # It cannot become a copy's target in this plan, for it keeps a holder: those are a parent
+            # and its children, neighbours in the order, and later takers preempt only newer ones.
             (new,) = self.allocator.allocate(1)
             copies.append((page, new))
-            self._sources[page] += 1
+            self.allocator.free([page])
             self.tables.replace(seq, first, new)
         self.tables.extend(seq, self.allocator.allocate(missing))
         return True
@@ -363,7 +362,6 @@ class Scheduler:
         self._seqs[seq.seq_id] = seq
 
     def _run(self, seq: Sequence, pages: list[int], computed: int) -> None:
-        seq.status = Status.RUNNING
         self.tables.take(seq, pages, computed)
         self._running.add(seq)
 
@@ -396,11 +394,8 @@ class Scheduler:
 
         Raises AssertionError if a page or row is lost or used twice, or a table is wrong.
         """
-        running = self._running.seqs
-        assert all(seq.status is Status.RUNNING for seq in running), f"{running} do not all run"
+        running = self._running.check()
         self.allocator.check([seq.pages for seq in running])
         self.tables.check(running)
-        orders = [seq.order for seq in running]
-        assert orders == sorted(orders), f"running sequences out of order: {orders}"
         ids = sorted(seq.seq_id for seq in running + self._waiting.check())
         assert ids == sorted(self._seqs), f"{ids} run or wait, {sorted(self._seqs)} are known"

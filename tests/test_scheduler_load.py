@@ -1,0 +1,85 @@
+"""Scheduler: the same tokens, in bounded time, whatever arrives, forks and is aborted."""
+
+import pytest
+from fake_model import FakeModel, make
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from torch_pd.engine.sequence import Sequence, Status
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random arrivals, forks, aborts and steps under tight limits."""
+
+    @initialize(
+        usable=st.integers(1, 14),
+        block_size=st.sampled_from([1, 2, 4]),
+        seqs=st.integers(1, 5),
+        tokens=st.sampled_from([1, 2, 3, 7, 64]),
+        caching=st.booleans(),
+    )
+    def start(self, usable, block_size, seqs, tokens, caching):
+        self.model = FakeModel(make(usable, block_size, seqs, tokens, 40, caching))
+        self.scheduler = self.model.scheduler
+        self.seqs: list[Sequence] = []
+
+    @rule(
+        shared=st.integers(0, 12),
+        own=st.integers(0, 6),
+        num_output=st.integers(1, 12),
+        n=st.sampled_from([1, 1, 1, 2, 3]),
+        salt=st.integers(0, 1),
+        no_lookup=st.sampled_from([False, False, True]),
+    )
+    def add(self, shared, own, num_output, n, salt, no_lookup):
+        prompt = [*range(shared), *(1000 + 10 * salt + i for i in range(own))]
+        s = self.scheduler
+        capacity = s.allocator.num_usable * s.block_size
+        if not prompt or len(prompt) > min(capacity, s.max_model_len - 1):
+            with pytest.raises(ValueError, match="token"):
+                self.model.add(prompt, num_output)
+            return
+        seq = self.model.add(prompt, num_output, n, salt, no_prefix_lookup=no_lookup)
+        self.seqs.append(seq)
+
+    @rule(n=st.integers(1, 4))
+    def step(self, n):
+        for _ in range(n):
+            self.model.step()
+
+    @precondition(lambda self: self.seqs)
+    @rule(data=st.data(), in_flight=st.booleans())
+    def abort(self, data, in_flight):
+        plan = None
+        if in_flight:
+            plan = self.model.schedule()
+            tokens = self.model.run(plan)
+        seq = data.draw(st.sampled_from(self.seqs + self.model.children))
+        live = seq.status in (Status.WAITING, Status.RUNNING)
+        assert self.scheduler.abort(seq.seq_id) is (seq if live else None)
+        if live:
+            seq.data = (seq.data[0], seq.num_output, 0)
+        if plan is not None:
+            self.model.finish_step(plan, tokens)
+
+    def teardown(self):
+        if not hasattr(self, "model"):
+            return
+        # The oldest is never preempted and served at least every max_num_seqs steps.
+        everyone = self.seqs + [c for s in self.seqs for c in [s] * s.data[2]]
+        work = sum(s.num_prompt + s.data[1] for s in everyone + self.model.children)
+        self.model.drain(limit=work * self.scheduler.max_num_seqs + 1)
+        for seq in self.seqs + self.model.children:
+            assert seq.status in (Status.FINISHED, Status.FAILED)
+            self.model.verify(seq)
+        self.scheduler.check()
+        self.scheduler.allocator.check([])
+        assert self.scheduler.allocator.num_used == 0
+        assert not self.scheduler.block_tables.any()
+
+
+SchedulerMachine.TestCase.settings = settings(
+    deadline=None, max_examples=150, stateful_step_count=30
+)
+TestScheduler = SchedulerMachine.TestCase
