@@ -3,17 +3,27 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdint>
 
 #include "../check.h"
 
-// Lives in libtorch_cuda, which a CPU torch lacks: weak, and looked at only when an op runs.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                            void** stream);
-
 namespace torch_pd {
+
+// aoti_torch_get_current_cuda_stream lives in libtorch_cuda, which a CPU torch lacks and which the
+// linker's search does not reach (torch loads it privately): found by name, null if not loaded.
+using CurrentStream = int32_t (*)(int32_t device, void** stream);
+
+inline CurrentStream find_current_stream() {
+  static const CurrentStream found = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<CurrentStream>(symbol);
+  }();
+  return found;
+}
 
 inline void check_cuda(const char* op, cudaError_t error, const char* what) {
   TPD_CHECK(op, error == cudaSuccess, what, ": ", cudaGetErrorName(error), ", ",
@@ -53,11 +63,12 @@ class Launch {
  public:
   Launch(const char* op, const Tensor& t)
       : op(op), device(t.get_device_index()), guard_(device), info(device_info(op, device)) {
-    TPD_CHECK(op, aoti_torch_get_current_cuda_stream != nullptr,
+    const CurrentStream current_stream = find_current_stream();
+    TPD_CHECK(op, current_stream != nullptr,
               "this torch has no CUDA: install a CUDA build of torch");
     void* current = nullptr;
-    TPD_CHECK(op, aoti_torch_get_current_cuda_stream(device, &current) == 0,
-              "torch gave no current stream for cuda:", device);
+    TPD_CHECK(op, current_stream(device, &current) == 0, "torch gave no current stream for cuda:",
+              device);
     stream = static_cast<cudaStream_t>(current);
   }
 
@@ -104,6 +115,7 @@ enum DeviceOp : int32_t {
   kCopyPages = 4,
   kRopeWriteKV = 5,
   kSample = 6,
+  kAdjustLogits = 7,
 };
 
 // The flag of one device: int32 [4] = {count, DeviceOp | DeviceError << 8, value low, value high};
