@@ -164,7 +164,8 @@ def main() -> None:
 
     print(
         f"{args.num_prompts} prompts, {prompt_tokens} prompt tokens, {output_tokens} output "
-        f"tokens, {torch.get_num_threads()} threads, {ops.cpu_isa()}, GEMM peak {peak / 1e9:.0f} GFLOP/s"
+        f"tokens, {torch.get_num_threads()} threads, {ops.cpu_isa()}, "
+        f"GEMM peak {peak / 1e9:.0f} GFLOP/s"
     )
     print(f"{'engine':42} {'tok/s':>7} {'ratio':>6} {'of peak':>8} {'equal':>6}")
     for row in rows:

@@ -57,7 +57,8 @@ def _converter(annotation: Any) -> Callable[[str], Any]:
     kind = members[0]
     if typing.get_origin(kind) is tuple or typing.get_origin(annotation) is tuple:
         return _parse_ranks
-    return {int: parse_int, bool: parse_bool, float: float, str: str}[kind]
+    converters: dict[Any, Callable[[str], Any]] = {int: parse_int, bool: parse_bool}
+    return converters.get(kind, kind)
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:

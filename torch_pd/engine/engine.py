@@ -401,7 +401,7 @@ class Engine:
             return entry
         for token in entry:
             if token not in self._decoded:
-                self._decoded[token] = self.tokenizer.decode([token])
+                self._decoded[token] = str(self.tokenizer.decode([token]))
         return {
             token: Logprob(item.logprob, item.rank, self._decoded[token])
             for token, item in entry.items()

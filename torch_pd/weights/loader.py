@@ -152,7 +152,7 @@ def load_model(
         torch_dtype = torch.float32 if dtype == "auto" else _DTYPES[dtype]
     try:
         with _quiet():
-            loaded, report = AutoModelForCausalLM.from_pretrained(
+            result: Any = AutoModelForCausalLM.from_pretrained(
                 **_load_kwargs(path, load_format),
                 dtype=torch_dtype,
                 device_map=device,
@@ -162,6 +162,7 @@ def load_model(
             )
     except (RuntimeError, OSError, KeyError, ImportError) as error:
         raise ValueError(f"{str(path)!r} cannot be loaded: {error}") from error
+    loaded, report = result
     wrong = [
         f"{name} is {list(have)} instead of {list(want)}"
         for name, have, want in sorted(report["mismatched_keys"])
