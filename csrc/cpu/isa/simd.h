@@ -71,28 +71,6 @@ TPD_INLINE float to_float(F16 x) {
   return bits_of<float>(sign | bits_of<uint32_t>(bits_of<float>(magnitude << 13) * 0x1p112f));
 }
 
-TPD_INLINE void from_float(float x, float* p) { *p = x; }
-TPD_INLINE void from_float(float x, BF16* p) {
-  const uint32_t bits = bits_of<uint32_t>(x);
-  p->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // nearest even
-}
-TPD_INLINE void from_float(float x, F16* p) {
-  const uint32_t bits = bits_of<uint32_t>(x), sign = bits >> 16 & 0x8000;
-  const float size = bits_of<float>(bits & 0x7fffffff);
-  uint32_t half;
-  if (size != size) {
-    half = 0x7e00;
-  } else if (size >= 65520.0f) {
-    half = 0x7c00;
-  } else if (size < 0x1p-14f) {
-    half = bits_of<uint32_t>(size + 0.5f) - 0x3f000000;  // the addition rounds at 2^-24
-  } else {
-    const uint32_t b = bits & 0x7fffffff;
-    half = (b - 0x38000000 + 0xfff + (b >> 13 & 1)) >> 13;
-  }
-  p->bits = sign | half;
-}
-
 // --- load and store kLanes elements of any of the three types as float ---
 
 TPD_INLINE VF load(const float* p) {
