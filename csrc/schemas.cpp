@@ -55,6 +55,17 @@ STABLE_TORCH_LIBRARY(torch_pd, m) {
   // out [M, N] = x [M, K] weight [N, K]^T + bias [N]. A row of out depends on its row of x alone,
   // bit for bit, whatever M is. CPU only: on CUDA linears are cuBLAS.
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+  // CUDA only; engine/draw.py is the same in plain torch. logits [n, V], any row stride; entries
+  // int32 [E, 3] rows (row of logits or -1: none, token, its count in the output or -1: no
+  // penalties), no (row, token) twice; bias float32 [E]; penalties float32 [n, 3] (repetition,
+  // frequency, presence).
+  m.def(
+      "adjust_logits(Tensor(a!) logits, Tensor entries, Tensor bias, Tensor penalties) -> ()");
+  // CUDA only. tokens int64 [n] output, -1 for a row with NaN or infinity or nothing but -infinity;
+  // settings float64 [n, 3] (temperature, top_p, min_p); keys int64 [n, 4] (top_k, seed, index,
+  // position). Without them every row takes its best token.
+  m.def(
+      "sample(Tensor logits, Tensor(a!) tokens, Tensor? settings=None, Tensor? keys=None) -> ()");
   // The error flag of the device of `like`, int32 [4] there: {number of dropped accesses, op | error
   // << 8, value low, value high} of the first one (csrc/cuda/common.cuh). CPU: zeros, since the CPU
   // bodies raise at once.

@@ -256,6 +256,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     _ops.linear(x, weight, bias, out)
 
 
+def adjust_logits(logits: Tensor, entries: Tensor, bias: Tensor, penalties: Tensor) -> None:
+    """Biases and penalties of single tokens, in place: ``logits [n, V]``, CUDA only.
+
+    ``entries`` int32 ``[E, 3]`` are rows (row of logits, token, count); ``bias`` float32 ``[E]`` is
+    added first; then, if count >= 0, ``penalties`` float32 ``[n, 3]`` apply: repetition (divides a
+    positive logit, multiplies another), frequency times count, presence if count > 0. Row -1 is
+    padding. No (row, token) may occur twice. Rounded to the dtype of ``logits``: give float32.
+    """
+    _ops.adjust_logits(logits, entries, bias, penalties)
+
+
+def sample(
+    logits: Tensor, tokens: Tensor, settings: Tensor | None = None, keys: Tensor | None = None
+) -> None:
+    """Chooses ``tokens`` int64 ``[n]`` from ``logits [n, V]``, V at most 2^20, CUDA only.
+
+    ``settings`` float64 ``[n, 3]`` holds temperature, top_p, min_p; ``keys`` int64 ``[n, 4]`` holds
+    top_k (0: off), and seed, index and position of the uniform number (`engine.draw.uniforms`).
+    Temperature under 1e-5, top_k 1, or no settings: the best token, of equals the lowest id. Else
+    min_p, top_k, top_p in that order (top_k and top_p keep of equals the lowest ids), and the
+    inverse CDF over what they leave in the order of token ids. A row depends on nothing beside it
+    and is the same in every run. A row that holds NaN or infinity, or nothing but -infinity, gives
+    -1 and raises the error flag (`device_errors`).
+    """
+    _ops.sample(logits, tokens, settings, keys)
+
+
 _ERROR_OPS = (
     "?",
     "paged_attention",
@@ -264,6 +291,7 @@ _ERROR_OPS = (
     "copy_pages",
     "rope_write_kv",
     "sample",
+    "adjust_logits",
 )
 _ERRORS = (
     "an unknown error",
@@ -327,6 +355,8 @@ for _name in (
     "rms_norm",
     "gated_act",
     "linear",
+    "adjust_logits",
+    "sample",
 ):
     _register_fake(_name)
 
