@@ -59,6 +59,7 @@ FUSED = {
         ),
     ),
     "gemma3": ("Gemma3", _with(head_dim=16, sliding_window=6, query_pre_attn_scalar=20)),
+    "vaultgemma": ("VaultGemma", _with(head_dim=16, sliding_window=6, query_pre_attn_scalar=20)),
     "olmo2": ("Olmo2", _with()),
     "granite": (
         "Granite",
@@ -78,8 +79,18 @@ MIXED = {
         "Qwen3Moe",
         _with(num_experts=5, moe_intermediate_size=24, head_dim=16, norm_topk_prob=True, **_MOE),
     ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        _with(
+            num_experts=4,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=16,
+            **_MOE,
+        ),
+    ),
+    "arcee": ("Arcee", _with()),
 }
-"""Fused attention, Hugging Face's experts."""
+"""Fused attention, Hugging Face's experts or its MLP without a gate."""
 
 GENERAL = {
     "gpt_neox": (
@@ -143,7 +154,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
             if parameter.dim() == 1:
                 # Norms near 1, biases near 0, both far enough that forgetting one shows.
                 centre = 1.0 if "norm" in path or ".ln_" in path else 0.0
-                if "bias" in path or prefix.startswith("Gemma"):
+                if "bias" in path or "Gemma" in prefix:
                     centre = 0.0
                 parameter.copy_(centre + 0.3 * torch.randn_like(parameter))
             else:

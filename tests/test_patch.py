@@ -272,6 +272,22 @@ def test_layers_that_compute_something_else_are_not_fused():
     assert projection.untyped_storage().nbytes() == projection.nbytes  # nothing left merged
 
 
+def test_models_that_mix_tokens_elsewhere_are_refused():
+    model = models.build("llama")
+    mlp = model.model.layers[1].mlp
+
+    class Mixing(type(mlp)):
+        def forward(self, x):
+            return super().forward(x) + x.cumsum(1)
+
+    mlp.__class__ = Mixing
+    with pytest.raises(ValueError, match="carries more from token to token"):
+        patch_model(model)
+    assert not is_patched(model)
+    for parameter in model.parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
 def test_unusual_layers_are_not_fused():
     model = models.build("llama")
     model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
@@ -328,6 +344,10 @@ REFUSED = {
     "Mpt": ({"d_model": 48, "n_layers": 2, "n_heads": 6}, "attn.*AttentionInterface"),
     "Mamba": ({"num_hidden_layers": 2}, "attention"),
     "Jamba": ({"num_hidden_layers": 8, "num_experts": 2, "use_mamba_kernels": False}, "attention"),
+    "Lfm2": (
+        {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+        "layer_types has conv",
+    ),
     "BertLMHeadModel": ({"num_hidden_layers": 2, "num_attention_heads": 6}, "causal"),
     "BertForMaskedLM": ({"num_hidden_layers": 2, "num_attention_heads": 6}, "causal"),
     "T5ForConditionalGeneration": ({"d_model": 48, "num_layers": 2, "d_kv": 8}, "encoder-decoder"),
@@ -350,7 +370,7 @@ REFUSED = {
             "moe_intermediate_size": 16,
             "first_k_dense_replace": 1,
         },
-        "keys are 16 wide and values 12",
+        "16 wide and values 12",
     ),
 }
 

@@ -1,5 +1,6 @@
 """The attention function that Hugging Face's layers call, and the window that a mask means."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,19 +69,43 @@ class Recorder:
 
     running: Pass
     new_pool: Callable[[int, int, torch.dtype], KVPool]
+    names: dict[int, str]
+    """Of the model's modules, by id."""
     calls: list[AttentionCall] = field(default_factory=list)
+
+    def record(self, call: AttentionCall) -> None:
+        """Notes a call. ValueError if its keys and values do not fit into the pages of the rest."""
+        self.calls.append(call)
+        first, name = self.calls[0], self.names[id(call.module)]
+        if call.v_dim != call.head_dim:
+            raise ValueError(
+                f"keys of {name} are {call.head_dim} wide and values {call.v_dim}: pages need one "
+                "width"
+            )
+        shapes = [(c.num_kv_heads, c.head_dim, c.dtype) for c in (first, call)]
+        if shapes[0] != shapes[1]:
+            texts = [f"{heads} heads of {dim} ({dtype})" for heads, dim, dtype in shapes]
+            raise ValueError(
+                f"{self.names[id(first.module)]} keeps {texts[0]}, {name} {texts[1]}: layers of "
+                "several KV shapes are not supported"
+            )
 
 
 @dataclass
 class MaskMark:
     """Travels through a probed model in the place of the mask that Hugging Face would build."""
 
-    window: int
+    mask_function: Callable
+
+    @functools.cached_property
+    def window(self) -> int:
+        """See `window_of`. Found out where the mask is used: models make masks they do not use."""
+        return window_of(self.mask_function)
 
 
 def make_mark(*args, mask_function: Callable, **kwargs) -> MaskMark:
     """Mask factory of the probe (an entry of Hugging Face's AttentionMaskInterface)."""
-    return MaskMark(window_of(mask_function))
+    return MaskMark(mask_function)
 
 
 def window_of(mask_function: Callable) -> int:
@@ -163,14 +188,10 @@ def attention_forward(
             sinks=s_aux is not None,
             window=_probed_window(attention_mask, sliding_window),
         )
-        slot.calls.append(call)
+        slot.record(call)
         if slot.running.pool is None and not query.is_meta:
             slot.running.pool = slot.new_pool(call.num_kv_heads, call.head_dim, call.dtype)
         layer, window, group = 0, call.window, 0
-        if call.v_dim != call.head_dim:
-            raise ValueError(
-                f"keys are {call.head_dim} wide and values {call.v_dim}: KV pages need one width"
-            )
     else:
         if attention_mask is not None:
             raise ValueError(f"{type(module).__name__} was given a mask; only 2-D masks work")

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,18 @@ from torch_pd.context import Batch
 from torch_pd.kv.cache import KVPool
 from torch_pd.nn import block, generate, linear
 from torch_pd.nn.attention import AttentionCall, AttentionSlot, Pass
-from torch_pd.nn.probe import Probe, ProbedLayer, Undo, probe_model, put
+from torch_pd.nn.probe import (
+    BLOCK_SIZE,
+    LENGTHS,
+    Probe,
+    ProbedLayer,
+    Undo,
+    batch_of,
+    probe_model,
+    put,
+    refuse,
+    tokens,
+)
 from torch_pd.nn.recognise import NotRecognised, recognise
 from torch_pd.sizing import KVShape
 
@@ -102,6 +114,8 @@ def patch_model(
         )
         _patch_layers(model, state, probe)
         _patch_rest(model, state)
+        if probe.logits is not None:
+            _check_logits(model, probe)
     except BaseException:
         _undo(undo)
         raise
@@ -212,6 +226,40 @@ def _patch_layers(model: PreTrainedModel, state: PatchState, probe: Probe) -> No
             names = {id(module): name for name, module in layer.named_modules()}
             name = f"{found.layer_name}.{names[id(fused.mlp.module)]}"
             paths.append(ModulePath(name, "huggingface", fused.mlp.reason))
+
+
+def _check_logits(model: PreTrainedModel, probe: Probe) -> None:
+    """Both probe sequences in two passes each against transformers, one sequence at a time.
+
+    Finds what no look at a layer does: state that a model carries from token to token besides keys
+    and values, positions it counts by itself, masks with a meaning of their own.
+    """
+    want = probe.logits
+    assert want is not None
+    if not bool(want.isfinite().all()):
+        return
+    pool = new_pool(model, 1 + len(LENGTHS), BLOCK_SIZE)
+    middle = [length // 2 + 1 for length in LENGTHS]
+    for starts, ends in (([0] * len(LENGTHS), middle), (middle, LENGTHS)):
+        ids, positions = tokens(model, starts, ends)
+        batch = batch_of(starts, ends, pool.device)
+        select = torch.arange(len(ids), device=pool.device)
+        got = forward_packed(model, pool, batch, ids, positions, select)
+        offsets = [0, *itertools.accumulate(LENGTHS)]
+        rows = [
+            offset + i
+            for offset, start, end in zip(offsets, starts, ends, strict=False)
+            for i in range(start, end)
+        ]
+        off = (got.float() - want[rows].float()).abs().amax(1) / want.float().abs().max()
+        # The median: in low precision a token may be sent to another expert.
+        allowed = 1e-3 if want.dtype == torch.float32 else 0.1
+        if not bool(off.median() <= allowed):
+            raise refuse(
+                model,
+                f"over KV pages its logits are off by {off.median():.1e} of the largest; it "
+                "carries more from token to token than the keys and values of its attention",
+            )
 
 
 def _install(undo: list[Undo], layer: nn.Module, fused: block.FusedBlock) -> None:

@@ -1,7 +1,8 @@
 """Probing a model: one small forward pass that records how its layers call attention."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +24,12 @@ from torch_pd.nn.attention import (
     make_mark,
 )
 
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PROBE = f"{NAME}_probe"
-_LENGTHS = (5, 3)  # tokens of the two probe sequences
-_BLOCK_SIZE = 16
+LENGTHS = (9, 6)
+"""Tokens of the two probe sequences."""
+BLOCK_SIZE = 16
+"""Of the probe's pool; a probe sequence fits into one page."""
 
 
 @dataclass
@@ -47,6 +51,8 @@ class Probe:
 
     layers: list[ProbedLayer]
     running: Pass
+    logits: Tensor | None = None
+    """[num_tokens, vocab] of the probe sequences, one at a time through transformers' own code."""
 
 
 Undo = Callable[[], Any]
@@ -84,7 +90,7 @@ def refuse(model: nn.Module, reason: str) -> ValueError:
 
 
 def probe_model(model: PreTrainedModel, undo: list[Undo]) -> Probe:
-    """Switches the model to the paged attention function and records one pass of eight tokens.
+    """Switches the model to the paged attention function and records one small pass.
 
     The model gets configs of its own (others may share the object), with the attention function's
     name in them; ``undo`` receives what takes that back.
@@ -98,20 +104,48 @@ def probe_model(model: PreTrainedModel, undo: list[Undo]) -> Probe:
     AttentionInterface.register(_PROBE, attention_forward)
     AttentionMaskInterface.register(_PROBE, make_mark)
     configs = _own_configs(model, undo)
-    for own in configs:
-        own._attn_implementation_internal = _PROBE
+    on_meta = _embedding(model).is_meta
     experts = [own._experts_implementation_internal for own in configs]
-    if _embedding(model).is_meta:
+    if on_meta:
         for own in configs:  # the default way through the experts reads the routing's numbers
             own._experts_implementation_internal = "batched_mm"
     try:
+        # Eager attention is the reference: sdpa leaves soft-caps out.
+        logits = None if on_meta else _reference(model, configs)
+        _set_attention(configs, _PROBE)
         probe = _record(model)
+        probe.logits = logits
     finally:
         for own, implementation in zip(configs, experts, strict=True):
-            own._attn_implementation_internal = NAME
             own._experts_implementation_internal = implementation
+    _set_attention(configs, NAME)
     _check_layers(model, config, probe)
     return probe
+
+
+def _set_attention(configs: list[PretrainedConfig], name: str) -> None:
+    for config in configs:
+        config._attn_implementation_internal = name
+
+
+def _reference(model: PreTrainedModel, configs: list[PretrainedConfig]) -> Tensor:
+    _set_attention(configs, "eager")
+    rows = []
+    with torch.no_grad(), _explained(model, "its forward pass with eager attention failed"):
+        for row, length in enumerate(LENGTHS):
+            starts, ends = [0] * len(LENGTHS), [0] * len(LENGTHS)
+            ends[row] = length
+            rows.append(_run(model, starts, ends))
+    return torch.cat(rows)
+
+
+@contextmanager
+def _explained(model: nn.Module, what: str) -> Iterator[None]:
+    """Errors of a model's own code become the reason for the refusal."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise refuse(model, f"{what}: {e}") from e
 
 
 def _check_kind(model: PreTrainedModel, config: PretrainedConfig) -> None:
@@ -121,12 +155,15 @@ def _check_kind(model: PreTrainedModel, config: PretrainedConfig) -> None:
     if head is None or not model.can_generate():
         raise refuse(model, "it is no causal language model with an output head")
     if not model._can_set_attn_implementation():
-        names = [name for name, module in model.named_modules() if "attn" in name.split(".")[-1]]
-        names += [n for n, m in model.named_modules() if "attention" in n.split(".")[-1]]
-        where = names[0] if names else "its attention"
-        module = type(model.get_submodule(where)).__name__ if names else "module"
+        named = [(name, type(module).__name__) for name, module in model.named_modules()]
+        where = next((f"{name} ({kind})" for name, kind in named if "Attention" in kind), "it")
+        raise refuse(model, f"{where} does not call attention through AttentionInterface")
+    kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if kinds:
         raise refuse(
-            model, f"{where} ({module}) does not call attention through AttentionInterface"
+            model,
+            f"config.layer_types has {', '.join(sorted(kinds))}; only "
+            f"{' and '.join(sorted(_LAYER_TYPES))} keep their state in KV pages alone",
         )
     if getattr(config, "num_kv_shared_layers", 0):
         raise refuse(
@@ -167,12 +204,15 @@ class _MetaIsFalse(TorchFunctionMode):
 def _record(model: PreTrainedModel) -> Probe:
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     device = _embedding(model).device
-    running = Pass(batch=_batch(device))
+    running = Pass(batch=batch_of([0] * len(LENGTHS), LENGTHS, device))
 
     def new_pool(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVPool:
-        return KVPool(3, num_layers, _BLOCK_SIZE, num_kv_heads, head_dim, dtype, device)
+        return KVPool(
+            1 + len(LENGTHS), num_layers, BLOCK_SIZE, num_kv_heads, head_dim, dtype, device
+        )
 
-    recorder = Recorder(running, new_pool)
+    names = {id(module): name for name, module in model.named_modules()}
+    recorder = Recorder(running, new_pool, names)
     by_module: dict[int, ProbedLayer] = {}
     layers: list[ProbedLayer] = []
     hooks = []
@@ -194,17 +234,18 @@ def _record(model: PreTrainedModel) -> Probe:
                 hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
                 hooks.append(layer.register_forward_hook(after))
     try:
-        with torch.no_grad(), _MetaIsFalse():
-            _run(model, device)
-    except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
-        raise refuse(model, f"its forward pass over pages failed: {error}") from error
+        with (
+            torch.no_grad(),
+            _MetaIsFalse(),
+            _explained(model, "its forward pass over pages failed"),
+        ):
+            _run(model, [0] * len(LENGTHS), LENGTHS)
     finally:
         for hook in hooks:
             hook.remove()
         for module in modules:
             del module.__dict__["_torch_pd"]
 
-    names = {id(module): name for name, module in model.named_modules()}
     for call in recorder.calls:
         name = names[id(call.module)]
         around = _layer_around(model, name)
@@ -237,35 +278,44 @@ def _embedding(model: PreTrainedModel) -> Tensor:
     return model.get_input_embeddings().get_parameter("weight")
 
 
-def _run(model: PreTrainedModel, device: torch.device) -> None:
-    num_tokens = sum(_LENGTHS)
-    vocab = _embedding(model).shape[0]
-    ids = (torch.arange(num_tokens, device=device) * 7 + 3) % vocab
-    positions = torch.cat([torch.arange(length) for length in _LENGTHS]).to(device)
-    model(
-        input_ids=ids[None],
-        position_ids=positions[None],
-        # All ones: keeps Hugging Face from looking for packed sequences in the positions.
-        attention_mask=torch.ones(1, num_tokens, dtype=torch.int64, device=device),
-        use_cache=False,
+def _run(model: PreTrainedModel, starts: Sequence[int], ends: Sequence[int]) -> Tensor:
+    """Plain forward over those tokens of the two sequences, packed; logits [num_tokens, vocab]."""
+    device = _embedding(model).device
+    ids, positions = tokens(model, starts, ends)
+    ones = torch.ones(1, len(ids), dtype=torch.int64, device=device)
+    # The mask of ones keeps Hugging Face from looking for packed sequences in the positions.
+    output = model(
+        input_ids=ids[None], position_ids=positions[None], attention_mask=ones, use_cache=False
     )
+    return output.logits[0]
 
 
-def _batch(device: torch.device) -> Batch:
-    """Two sequences, one page each."""
-    ends = torch.tensor([0, *_LENGTHS]).cumsum(0)
-    slots = [page * _BLOCK_SIZE + torch.arange(n) for page, n in enumerate(_LENGTHS, start=1)]
+def tokens(
+    model: PreTrainedModel, starts: Sequence[int], ends: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Ids and positions of tokens ``starts[i]:ends[i]`` of probe sequence i, packed."""
+    positions = torch.cat([torch.arange(a, b) for a, b in zip(starts, ends, strict=True)])
+    rows = torch.tensor([b - a for a, b in zip(starts, ends, strict=True)])
+    row = torch.arange(len(rows)).repeat_interleave(rows)
+    weight = _embedding(model)
+    ids = (positions * 7 + row * 31 + 3) % weight.shape[0]
+    return ids.to(weight.device), positions.to(weight.device)
+
+
+def batch_of(starts: Sequence[int], ends: Sequence[int], device: torch.device) -> Batch:
+    """The pass over those tokens; sequence i has page ``i + 1``."""
+    counts = [b - a for a, b in zip(starts, ends, strict=True)]
+    slots = [
+        page * BLOCK_SIZE + torch.arange(a, b)
+        for page, (a, b) in enumerate(zip(starts, ends, strict=True), start=1)
+    ]
+    tables = torch.arange(1, len(counts) + 1, dtype=torch.int32)[:, None]
     return Batch(
-        num_tokens=sum(_LENGTHS),
-        max_query_len=max(_LENGTHS),
-        query_start=ends.int().to(device),
-        seq_lens=torch.tensor(_LENGTHS, dtype=torch.int32, device=device),
-        groups=(
-            GroupBatch(
-                torch.tensor([[1], [2]], dtype=torch.int32, device=device),
-                torch.cat(slots).to(device),
-            ),
-        ),
+        num_tokens=sum(counts),
+        max_query_len=max(counts),
+        query_start=torch.tensor([0, *counts]).cumsum(0).int().to(device),
+        seq_lens=torch.tensor(list(ends), dtype=torch.int32, device=device),
+        groups=(GroupBatch(tables.to(device), torch.cat(slots).to(device)),),
     )
 
 
@@ -278,20 +328,8 @@ def _check_layers(model: PreTrainedModel, config: PretrainedConfig, probe: Probe
         twice = next(p for p in probe.layers if modules.count(id(p.call.module)) > 1)
         raise refuse(model, f"{twice.attention_name} calls attention more than once a pass")
     if len(calls) != config.num_hidden_layers:
-        kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
         raise refuse(
             model,
-            f"only {len(calls)} of its {config.num_hidden_layers} layers call attention"
-            + (f" (layers are {', '.join(sorted(set(kinds)))})" if kinds else ""),
+            f"only {len(calls)} of its {config.num_hidden_layers} layers call attention "
+            f"({', '.join(layer.attention_name for layer in probe.layers[:3])}, ...)",
         )
-    first = probe.layers[0]
-    for other in probe.layers[1:]:
-        a, b = first.call, other.call
-        if (a.num_kv_heads, a.head_dim, a.dtype) != (b.num_kv_heads, b.head_dim, b.dtype):
-            raise refuse(
-                model,
-                f"{first.attention_name} keeps {a.num_kv_heads} heads of {a.head_dim} "
-                f"({a.dtype}), {other.attention_name} {b.num_kv_heads} of {b.head_dim} "
-                f"({b.dtype}): "
-                "layers of several KV shapes are not supported",
-            )

@@ -17,6 +17,8 @@ from torch_pd.nn.linear import MergedLinear
 # Norms of a layer by name -> where they sit: before attention, after it, before the MLP, after it.
 _NORM_PLACES = {
     ("input_layernorm", "post_attention_layernorm"): (0, 2),
+    ("input_layernorm", "pre_feedforward_layernorm"): (0, 2),
+    ("attention_layernorm", "feedforward_layernorm"): (0, 2),
     (
         "input_layernorm",
         "post_attention_layernorm",
