@@ -291,8 +291,8 @@ class Scheduler:
             return False
         self.tables.forked[seq.row] = False
         if copy:
-            # It cannot become a copy's target in this plan, for it keeps a holder: those are a parent
-            # and its children, neighbours in the order, and later takers preempt only newer ones.
+            # It keeps a holder, so no copy of this plan overwrites it: the holders are a parent and
+            # its children, neighbours in the order, and later takers preempt only newer ones.
             (new,) = self.allocator.allocate(1)
             copies.append((page, new))
             self.allocator.free([page])
@@ -390,10 +390,7 @@ class Scheduler:
             self._ended_in_flight = self._flying is not None
 
     def check(self) -> None:
-        """Integrity, for when it is idle (or between steps).
-
-        Raises AssertionError if a page or row is lost or used twice, or a table is wrong.
-        """
+        """Raises AssertionError if a page or row is lost or used twice, or a table is wrong."""
         running = self._running.check()
         self.allocator.check([seq.pages for seq in running])
         self.tables.check(running)
