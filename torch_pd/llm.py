@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from torch_pd.config import EngineConfig
-from torch_pd.engine.engine import Engine, Request, resolve_device
+from torch_pd.engine.engine import Engine, resolve_device
+from torch_pd.engine.inflight import Request
 from torch_pd.request import Prompt, RequestOutput, SamplingParams, parse_prompts
 from torch_pd.weights.loader import load_model, load_tokenizer
 

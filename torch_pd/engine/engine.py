@@ -4,7 +4,6 @@ import logging
 import time
 import warnings
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +14,14 @@ from torch_pd import ops
 from torch_pd.config import EngineConfig
 from torch_pd.engine.detokenizer import Detokenizer
 from torch_pd.engine.draw import derive_seed
+from torch_pd.engine.inflight import InFlight, Output, Request
 from torch_pd.engine.runner import Runner
 from torch_pd.engine.sampler import Sampler, SamplingRow
 from torch_pd.engine.scheduler import Plan, Scheduler
 from torch_pd.engine.sequence import Sequence
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.nn.patch import is_patched, kv_shape, new_pool, patch_model, unpatch_model
-from torch_pd.request import (
-    CompletionOutput,
-    Logprob,
-    RequestMetrics,
-    RequestOutput,
-    SamplingParams,
-)
+from torch_pd.request import Logprob, RequestOutput
 from torch_pd.sizing import GIB, cpu_kv_bytes, fit_model_len, gpu_kv_bytes, pages_of_budget
 
 if TYPE_CHECKING:
@@ -49,61 +43,6 @@ def resolve_device(config: EngineConfig) -> str:
             stacklevel=3,
         )
     return config.resolve_device(gpu and ops.has_cuda_ops())
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A checked prompt and its parameters."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-
-
-class _Output:
-    """One of the n outputs of a running request."""
-
-    __slots__ = ("detokenizer", "index", "logprobs", "reason", "row", "stop_reason", "total")
-
-    def __init__(self, index: int, row: SamplingRow, detokenizer: Detokenizer | None):
-        self.index = index
-        self.row = row
-        self.detokenizer = detokenizer
-        self.logprobs: list[dict[int, Logprob]] = []
-        self.total = 0.0
-        self.reason: str | None = None
-        self.stop_reason: int | str | None = None
-
-
-class _Running:
-    """A request under way."""
-
-    __slots__ = (
-        "arrival",
-        "first_token",
-        "num_cached",
-        "outputs",
-        "prompt_logprobs",
-        "request",
-        "seed",
-        "sequences",
-        "stream",
-        "unfinished",
-    )
-
-    def __init__(self, request: Request, seed: int, stream: bool):
-        self.request = request
-        self.seed = seed
-        self.stream = stream
-        self.arrival = time.monotonic()
-        self.first_token: float | None = None
-        self.num_cached: int | None = None
-        self.unfinished = request.params.n
-        self.sequences: list[Sequence] = []
-        self.outputs: list[_Output] = []
-        wanted = request.params.prompt_logprobs is not None
-        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = [None] if wanted else None
 
 
 class Engine:
@@ -171,7 +110,7 @@ class Engine:
         self.runner = Runner(model, self.pool, self.scheduler)
         self.eos_token_ids = _eos_token_ids(model, self.tokenizer)
         self.sampler = Sampler(self.vocab_size, self.eos_token_ids)
-        self._requests: dict[str, _Running] = {}
+        self._requests: dict[str, InFlight] = {}
         self._num_calls = 0
         self._num_requests = 0
         self._num_prompt_logprobs = 0
@@ -221,7 +160,7 @@ class Engine:
         if seed is None:
             seed = derive_seed(self.config.seed, self._num_requests)
         self._num_requests += 1
-        running = _Running(request, seed, stream)
+        running = InFlight(request, seed, stream)
         limit = self.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, len(ids) + params.max_tokens)
@@ -249,7 +188,7 @@ class Engine:
         """True while a request waits or runs."""
         return bool(self._requests)
 
-    def _new_output(self, running: _Running, sequence: Sequence) -> None:
+    def _new_output(self, running: InFlight, sequence: Sequence) -> None:
         request = running.request
         row = SamplingRow(
             request.params,
@@ -263,11 +202,11 @@ class Engine:
             detokenizer = Detokenizer(
                 self.tokenizer, request.prompt_token_ids, request.params, stream=running.stream
             )
-        sequence.data = output = _Output(len(running.outputs), row, detokenizer)
+        sequence.data = output = Output(len(running.outputs), row, detokenizer)
         running.outputs.append(output)
         running.sequences.append(sequence)
 
-    def _forget(self, running: _Running) -> None:
+    def _forget(self, running: InFlight) -> None:
         del self._requests[running.request.request_id]
         self._num_prompt_logprobs -= running.prompt_logprobs is not None
         if not self._requests:
@@ -295,13 +234,13 @@ class Engine:
         for running in grown:
             finished = running.unfinished == 0
             if finished or running.stream:
-                outputs.append(self._report(running, finished))
+                outputs.append(running.report())
             if finished:
                 self._counts["finished_requests"] += 1
                 self._forget(running)
         return outputs
 
-    def _step(self) -> list[_Running]:
+    def _step(self) -> list[InFlight]:
         scheduler, budget = self.scheduler, self.config.max_num_batched_tokens
         if self._num_prompt_logprobs:
             budget = min(budget, PROMPT_LOGPROB_TOKENS)
@@ -320,7 +259,7 @@ class Engine:
         scheduler.update(plan, tokens)
         self._counts["preemptions"] += len(plan.preempted)
         self._counts["output_tokens"] += len(sampled)
-        grown: dict[str, _Running] = {}
+        grown: dict[str, InFlight] = {}
         for sequence, token, entry in zip(sampled, tokens, logprobs, strict=True):
             running = self._requests[sequence.request_id]
             grown[sequence.request_id] = running
@@ -335,7 +274,7 @@ class Engine:
         if not self._num_prompt_logprobs:
             output = self.sampler(self.runner.run(plan, last), rows)
             return output.token_ids, output.logprobs
-        wanted: list[tuple[_Running, int, int, int]] = []  # request, first row, position, rows
+        wanted: list[tuple[InFlight, int, int, int]] = []  # request, first row, position, rows
         for i, seq in enumerate(plan.seqs):
             running = self._requests[seq.request_id]
             start, count = int(plan.starts[i]), int(plan.counts[i])
@@ -363,7 +302,7 @@ class Engine:
         return output.token_ids, output.logprobs
 
     def _advance(
-        self, running: _Running, sequence: Sequence, token: int, entry: dict[int, Logprob] | None
+        self, running: InFlight, sequence: Sequence, token: int, entry: dict[int, Logprob] | None
     ) -> None:
         """Records a new token of a sequence and ends it if it should."""
         params, output = running.request.params, sequence.data
@@ -406,37 +345,6 @@ class Engine:
             token: Logprob(item.logprob, item.rank, self._decoded[token])
             for token, item in entry.items()
         }
-
-    def _report(self, running: _Running, finished: bool) -> RequestOutput:
-        request = running.request
-        outputs = []
-        for output, sequence in zip(running.outputs, running.sequences, strict=True):
-            asked = request.params.logprobs is not None
-            outputs.append(
-                CompletionOutput(
-                    index=output.index,
-                    text=output.detokenizer.text if output.detokenizer is not None else "",
-                    token_ids=sequence.token_ids[sequence.num_prompt :],
-                    cumulative_logprob=output.total if asked else None,
-                    logprobs=list(output.logprobs) if asked else None,
-                    finish_reason=output.reason,
-                    stop_reason=output.stop_reason,
-                )
-            )
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            prompt_logprobs=running.prompt_logprobs,
-            outputs=outputs,
-            finished=finished,
-            metrics=RequestMetrics(
-                arrival_time=running.arrival,
-                first_token_time=running.first_token,
-                finished_time=time.monotonic() if finished else None,
-            ),
-            num_cached_tokens=running.num_cached,
-        )
 
     # Observation.
 
