@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from device_timing import Limits, Row, graph_us, median_us
+from kernels_elementwise import elementwise_rows, sampling_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -196,7 +197,12 @@ def prefill_rows(peers: bool) -> list[Row]:
 
 
 def main() -> None:
-    sections = {"decode": decode_rows, "prefill": prefill_rows}
+    sections = {
+        "decode": decode_rows,
+        "prefill": prefill_rows,
+        "elementwise": lambda _: elementwise_rows(),
+        "sampling": lambda _: sampling_rows(),
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(sections), help="sections, comma separated")
     parser.add_argument("--json", type=Path, help="write all figures there")
