@@ -210,7 +210,7 @@ lengths = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 @given(
     lengths=lengths,
     dtype=st.sampled_from(DTYPES),

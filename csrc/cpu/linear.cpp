@@ -42,8 +42,8 @@ void linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, Tensor
     r.out = static_cast<char*>(p.out) + row * p.out_row * item;
     r.rows = std::min(part_rows, p.rows - row);
     const int64_t steps = (p.in + kLinearPackStep - 1) / kLinearPackStep;
-    // Threads cost about as much as packing 16k floats.
-    const int64_t grain = std::max<int64_t>(1, 16384 / (r.rows * kLinearPackStep));
+    // Starting threads costs about as much as packing this many floats.
+    const int64_t grain = std::max<int64_t>(1, 65536 / (r.rows * kLinearPackStep));
     torch::stable::parallel_for(0, steps, grain, [&](int64_t begin, int64_t end) {
       linear_pack_fn()(r, begin * kLinearPackStep, std::min(end * kLinearPackStep, r.in));
     });
