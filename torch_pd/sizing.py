@@ -45,6 +45,11 @@ def pages_of_budget(shape: KVShape, budget_bytes: int, setting: str) -> int:
     return pages
 
 
+def most_pages(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
+    """Pages that ``max_num_seqs`` sequences of full length hold, and page 0."""
+    return max_num_seqs * -(-max_model_len // block_size) + 1
+
+
 def cpu_kv_bytes(available_bytes: int) -> int:
     """Default budget on CPU: the smaller of 4 GiB and 40% of the available memory."""
     return min(4 * GIB, available_bytes * 2 // 5)

@@ -22,7 +22,14 @@ from torch_pd.engine.sequence import Sequence
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.nn.patch import is_patched, kv_shape, new_pool, patch_model, unpatch_model
 from torch_pd.request import Logprob, RequestOutput
-from torch_pd.sizing import GIB, cpu_kv_bytes, fit_model_len, gpu_kv_bytes, pages_of_budget
+from torch_pd.sizing import (
+    GIB,
+    cpu_kv_bytes,
+    fit_model_len,
+    gpu_kv_bytes,
+    most_pages,
+    pages_of_budget,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,6 +103,11 @@ class Engine:
         )
         if remark:
             logger.warning(remark)
+        if config.kv_cache_gib is None:
+            # No more than all rows at full length could ever hold.
+            num_pages = min(
+                num_pages, most_pages(config.max_num_seqs, self.max_model_len, config.block_size)
+            )
         self.pool = new_pool(model, num_pages, config.block_size)
         self.allocator = PageAllocator(
             num_pages, enable_prefix_caching=config.enable_prefix_caching
