@@ -1,7 +1,7 @@
 """torch_pd: offline-first LLM inference for PyTorch.
 
 P = parameters (kept once per group of GPUs), D = data (the paged KV cache). Importing the package
-registers the ops (``torch.ops.torch_pd``) and touches neither CUDA, the network nor the environment.
+registers the ops (``torch.ops.torch_pd``); it touches neither CUDA, network nor environment.
 """
 
 import importlib
