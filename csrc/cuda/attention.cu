@@ -122,7 +122,11 @@ void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
   const bool mixed = one_tile <= kDecodeRows && a.num_seqs > 1 &&
                      a.num_tokens < static_cast<int64_t>(a.num_seqs) * a.max_query_len;
   const int min_rows = mixed ? static_cast<int>(one_tile) : 0;
-  launch_prefill(call, min_rows);
+  if (fits_sm90(call)) {
+    launch_prefill_sm90(call, min_rows);
+  } else {
+    launch_prefill(call, min_rows);
+  }
   if (mixed) launch_decode(call, min_rows);
 }
 

@@ -21,7 +21,13 @@ struct AttentionCall {
 // Each takes the sequences whose packed rows are min_rows < rows <= max_rows.
 void launch_decode(AttentionCall call, int max_rows);
 void launch_prefill(AttentionCall call, int min_rows);
+void launch_prefill_sm90(AttentionCall call, int min_rows);
+bool fits_sm90(const AttentionCall& call);
 void launch_plain(AttentionCall call);
+
+struct PrefillArgs;
+// Makes the list of work of p.tile_rows rows each on the device; the tensor holds it.
+Tensor plan_prefill(const AttentionCall& call, PrefillArgs& p);
 
 constexpr bool has_kernel(int64_t head_dim) {
   return head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128 || head_dim == 256;

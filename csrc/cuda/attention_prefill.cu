@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "attention_launch.h"
+#include "attention_plan.cuh"
 #include "attention_prefill.cuh"
 
 namespace torch_pd {
@@ -14,11 +15,11 @@ Tensor plan_prefill(const AttentionCall& call, PrefillArgs& p) {
             "too many query tokens: ", a.num_tokens);
   p.max_items = static_cast<int32_t>(items);
   Workspace space;
-  const int64_t list = space.add<int2>(items), counters = space.add<int32_t>(2);
+  const int64_t list = space.add<PrefillItem>(items), count = space.add<int32_t>(1);
   Tensor memory = torch::stable::new_empty(call.like, {space.bytes()}, ScalarType::Byte);
   char* base = static_cast<char*>(memory.data_ptr());
-  p.items = reinterpret_cast<int2*>(base + list);
-  p.counters = reinterpret_cast<int32_t*>(base + counters);
+  p.items = reinterpret_cast<PrefillItem*>(base + list);
+  p.count = reinterpret_cast<int32_t*>(base + count);
   prefill_plan<<<1, kPlanThreads, kPlanShared, call.launch.stream>>>(p);
   call.launch.check();
   return memory;

@@ -7,12 +7,20 @@
 
 namespace torch_pd {
 
-// Work of a prefill kernel: (sequence, tile of rows), heaviest first, made on the device.
+// A tile of rows of one sequence, for all KV heads, with what a kernel must know of the sequence:
+// one read instead of a chain of them.
+struct alignas(16) PrefillItem {
+  int32_t seq, tile;
+  Sequence q;
+  int32_t unused[2];
+};
+
+// Work of a prefill kernel, heaviest first, made on the device.
 struct PrefillArgs {
   AttentionArgs a;
   int32_t tile_rows, max_items;
-  int2* items;        // [max_items]
-  int32_t* counters;  // [2]: number of items, next item of a persistent kernel
+  PrefillItem* items;  // [max_items]
+  int32_t* count;      // [1]
 };
 
 // Keys that the rows of one tile see: [first, stop).
@@ -23,63 +31,6 @@ __device__ __forceinline__ KeyRange key_range(const AttentionArgs& a, const Sequ
                                               int row1) {
   const int32_t low = a.window > 0 ? q.position(row0 / a.group) - a.window + 1 : 0;
   return {max(0, low), max(0, q.position((row1 - 1) / a.group) + 1)};
-}
-
-constexpr int kPlanThreads = 1024;
-constexpr int kPlanBuckets = 256;
-constexpr int kPlanShared = kPlanThreads * static_cast<int>(sizeof(Sequence)) +
-                            (kPlanBuckets + 1) * static_cast<int>(sizeof(int32_t));
-
-// One block: a bucket sort of all tiles by the number of keys, most first, so that the last ones to
-// start are short. Items are independent: their order within a bucket changes no result.
-__global__ void __launch_bounds__(kPlanThreads)
-    prefill_plan(const __grid_constant__ PrefillArgs p) {
-  extern __shared__ __align__(128) char shared[];
-  Sequence* list = reinterpret_cast<Sequence*>(shared);
-  int32_t* counts = reinterpret_cast<int32_t*>(list + kPlanThreads);
-  int32_t* top = counts + kPlanBuckets;
-  const AttentionArgs& a = p.a;
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  if (thread < kPlanBuckets) counts[thread] = 0;
-  if (thread == 0) *top = 1;
-  __syncthreads();
-  int32_t most = 1;
-  for (int s = thread; s < a.num_seqs; s += kPlanThreads) {
-    const Sequence q = read_sequence(a, s, true);
-    if (q.q_len > 0) most = max(most, q.len - q.begin);
-  }
-  atomicMax(top, most);
-  for (int pass = 0; pass < 2; ++pass) {
-    for (int base = 0; base < a.num_seqs; base += kPlanThreads) {
-      __syncthreads();
-      if (base + thread < a.num_seqs) list[thread] = read_sequence(a, base + thread, false);
-      __syncthreads();
-      for (int j = warp; j < min(kPlanThreads, a.num_seqs - base); j += kPlanThreads / 32) {
-        const Sequence q = list[j];
-        const int rows = q.q_len * a.group;
-        for (int i = lane; i * p.tile_rows < rows; i += 32) {
-          const int row0 = i * p.tile_rows;
-          const KeyRange keys = key_range(a, q, row0, min(row0 + p.tile_rows, rows));
-          const int64_t share =
-              static_cast<int64_t>(max(0, keys.stop - keys.first)) * (kPlanBuckets - 1) / *top;
-          const int at = atomicAdd(&counts[kPlanBuckets - 1 - static_cast<int>(share)], 1);
-          // Query ranges that overlap (bad input) could be more than there is room for.
-          if (pass == 1 && at < p.max_items) p.items[at] = make_int2(base + j, i);
-        }
-      }
-    }
-    __syncthreads();
-    if (pass == 0 && thread == 0) {
-      int32_t sum = 0;
-      for (int b = 0; b < kPlanBuckets; ++b) {
-        const int32_t count = counts[b];
-        counts[b] = sum;
-        sum += count;
-      }
-      p.counters[0] = min(sum, p.max_items);
-      p.counters[1] = 0;
-    }
-  }
 }
 
 template <typename T, int D, bool FP8>
@@ -100,9 +51,10 @@ __global__ void __launch_bounds__(Traits::kWarps * 32)
   const AttentionArgs& a = p.a;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int item = blockIdx.x / a.num_kv_heads, head = blockIdx.x - item * a.num_kv_heads;
-  if (item >= p.counters[0]) return;
-  const int seq = p.items[item].x, row0 = p.items[item].y * Traits::kRows;
-  const Sequence q = read_sequence(a, seq, false);
+  if (item >= *p.count) return;
+  const PrefillItem work = p.items[item];
+  const int seq = work.seq, row0 = work.tile * Traits::kRows;
+  const Sequence q = work.q;
   const int rows = q.q_len * a.group;
   const KeyRange keys = key_range(a, q, row0, min(row0 + Traits::kRows, rows));
   const int first_row = row0 + warp * 16;

@@ -103,6 +103,27 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// x[i] of lane c of a quad becomes x[c] of lane i.
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4], int lane) {
+  const bool odd = lane & 1, upper = lane & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
+    x[i] = odd ? got : x[i], x[i + 1] = odd ? x[i + 1] : got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(~0u, upper ? x[i] : x[i + 2], 2);
+    x[i] = upper ? got : x[i], x[i + 2] = upper ? x[i + 2] : got;
+  }
+}
+
+__device__ __forceinline__ void store_shared16(uint32_t address, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 // Programmatic dependent launch: the next kernel may start; wait for the previous one's writes.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

@@ -1,0 +1,467 @@
+// Prefill attention for sm_90a: 16-bit keys and values of place 0, head_dim 64, 128 or 256.
+//
+// A block of three warpgroups stays on its multiprocessor and takes items (128 packed query rows of
+// one KV head) from the list of prefill_plan. The first warpgroup loads: one warp has the copy
+// engine bring K and V, page by page, into swizzled shared memory (a page is the outermost
+// coordinate of a tensor map, so the hardware checks its bounds), the others gather the query rows.
+// The other two compute 64 rows each with wgmma; the scores of the next keys are in flight while
+// this tile's softmax runs. Keys go from the last to the first: only the first tiles need a mask.
+#pragma once
+
+#include "attention_prefill.cuh"
+#include "bulk.cuh"
+#include "wgmma.cuh"
+
+namespace torch_pd {
+
+constexpr int kSm90Rows = 128;
+constexpr int kPageKeys = 16;  // keys that one copy brings; a page has at least so many
+
+struct Sm90Args {
+  PrefillArgs p;
+  CUtensorMap k, v;  // [pages, block_size, heads, D], in boxes of 16 keys x 64 columns
+};
+
+template <typename T_, int D_>
+struct Sm90Traits {
+  using T = T_;
+  static constexpr int D = D_;
+  static constexpr int kKeys = D > 128 ? 64 : 128;  // of a tile
+  static constexpr int kStages = D < 128 ? 4 : 2;
+  static constexpr int kColumnBlocks = D / 64;     // of 128 bytes
+  static constexpr int kQBlock = kSm90Rows * 128;  // bytes of a column block
+  static constexpr int kKVBlock = kKeys * 128;
+  static constexpr int kTileBytes = kColumnBlocks * kKVBlock;
+  static constexpr int kQ = 0;
+  static constexpr int kK = kColumnBlocks * kQBlock;
+  static constexpr int kV = kK + kStages * kTileBytes;
+  static constexpr int kBarriers = kV + kStages * kTileBytes;
+  static constexpr int kShared = kBarriers + 8 * (2 + 4 * kStages) + 1024;  // 1024: to align
+  static constexpr int kThreads = 384;
+  static constexpr int kCopies = kKeys / kPageKeys * kColumnBlocks;  // of K or V of a tile
+  static_assert(kCopies <= 32 && kPageKeys == kTileKeys);
+};
+
+// Shared-memory addresses of the barriers.
+template <typename Traits>
+struct Sm90Barriers {
+  uint32_t base;
+  __device__ uint32_t q_full() const { return base; }
+  __device__ uint32_t q_empty() const { return base + 8; }
+  __device__ uint32_t k_full(int stage) const { return base + 16 + stage * 32; }
+  __device__ uint32_t k_empty(int stage) const { return base + 24 + stage * 32; }
+  __device__ uint32_t v_full(int stage) const { return base + 32 + stage * 32; }
+  __device__ uint32_t v_empty(int stage) const { return base + 40 + stage * 32; }
+};
+
+// Position in a ring of stages; `parity` is that of the phase to wait for.
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  template <int STAGES>
+  __device__ __forceinline__ void advance() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+};
+
+// The items of this block: to and fro over the list, heaviest first, so that every block gets about
+// the same sum.
+struct Sm90Items {
+  int32_t count, round = 0;
+  __device__ __forceinline__ int32_t next() {
+    const int32_t blocks = gridDim.x, at = blockIdx.x;
+    const int32_t i = round * blocks + (round % 2 == 0 ? at : blocks - 1 - at);
+    ++round;
+    return i < count ? i : -1;
+  }
+};
+
+struct Sm90Work {
+  PrefillItem item;
+  int head, row0, rows;
+  int32_t first_tile, stop_tile, stop_key;
+};
+template <typename Traits>
+__device__ __forceinline__ Sm90Work read_work(const PrefillArgs& p, int32_t index) {
+  Sm90Work w;
+  const int32_t at = index / p.a.num_kv_heads;
+  w.head = index - at * p.a.num_kv_heads;
+  w.item = p.items[at];
+  w.row0 = w.item.tile * kSm90Rows;
+  w.rows = w.item.q.q_len * p.a.group;
+  const KeyRange keys = key_range(p.a, w.item.q, w.row0, min(w.row0 + kSm90Rows, w.rows));
+  w.first_tile = keys.first / Traits::kKeys;
+  w.stop_tile = (keys.stop + Traits::kKeys - 1) / Traits::kKeys;
+  w.stop_key = keys.stop;
+  return w;
+}
+
+// ---- loading ---------------------------------------------------------------------------------
+
+// Copies the keys (or values) of one tile: a lane per page and column block. A page that no query
+// sees, or that does not exist, is read as zeros, from past the end of the tensor.
+template <typename Traits>
+struct Sm90Loader {
+  const PrefillArgs& p;
+  const Sm90Work& w;
+  int lane;
+
+  // This lane's page of tile `n`: its entry in the block table, or -1.
+  __device__ __forceinline__ int32_t page_of(int32_t n, int32_t* key) const {
+    *key = n * Traits::kKeys + lane % (Traits::kKeys / kPageKeys) * kPageKeys;
+    if (*key >= w.stop_key || *key + kPageKeys <= w.item.q.begin) return -1;
+    const int32_t entry = p.a.tables[w.item.seq * p.a.table_stride + (*key >> p.a.block_shift)];
+    if (static_cast<uint32_t>(entry) < static_cast<uint32_t>(p.a.num_pages)) return entry;
+    if (lane < Traits::kKeys / kPageKeys && w.head == 0) {
+      const bool other = static_cast<uint32_t>(entry) >> kPlaceShift != 0;
+      raise_flag(p.a.errors, kPagedAttention, other ? kBadPlace : kBadPage, entry);
+    }
+    return -1;
+  }
+
+  __device__ __forceinline__ void copy(const CUtensorMap& map, uint32_t tile, uint32_t barrier,
+                                       int32_t key, int32_t page) const {
+    const int block = lane / (Traits::kKeys / kPageKeys);
+    const uint32_t to =
+        tile + block * Traits::kKVBlock + lane % (Traits::kKeys / kPageKeys) * (kPageKeys * 128);
+    ptx::bulk_load(to, &map, barrier, block * 64, w.head, key & ((1 << p.a.block_shift) - 1),
+                   page >= 0 ? page : p.a.num_pages);
+  }
+
+  __device__ __forceinline__ void load_keys(const CUtensorMap& map, uint32_t tile, uint32_t barrier,
+                                            int32_t n) const {
+    if (lane == 0) ptx::barrier_arrive_expect(barrier, Traits::kTileBytes);
+    __syncwarp();
+    int32_t key;
+    if (lane >= Traits::kCopies) return;
+    const int32_t page = page_of(n, &key);
+    copy(map, tile, barrier, key, page);
+  }
+
+  // A page of which only some tokens hold values is copied by the lanes instead, zeros for the
+  // others: an unused token may hold NaN, which 0 * v would keep.
+  __device__ __forceinline__ void load_values(const CUtensorMap& map, uint32_t tile,
+                                              uint32_t barrier, int32_t n) const {
+    int32_t key = 0, page = -1;
+    if (lane < Traits::kCopies) page = page_of(n, &key);
+    const bool partial = page >= 0 && (key + kPageKeys > w.item.q.len || key < w.item.q.begin);
+    const uint32_t parts = __ballot_sync(~0u, partial);
+    for (uint32_t left = parts & ((1u << (Traits::kKeys / kPageKeys)) - 1); left != 0;
+         left &= left - 1) {
+      const int source = __ffs(static_cast<int>(left)) - 1;
+      copy_part(tile, source, __shfl_sync(~0u, key, source), __shfl_sync(~0u, page, source));
+    }
+    if (parts != 0) ptx::async_proxy_fence();
+    __syncwarp();
+    if (lane == 0) {
+      ptx::barrier_arrive_expect(barrier, Traits::kTileBytes - __popc(parts) * (kPageKeys * 128));
+    }
+    __syncwarp();
+    if (lane < Traits::kCopies && !partial) copy(map, tile, barrier, key, page);
+  }
+
+ private:
+  __device__ __forceinline__ void copy_part(uint32_t tile, int place, int32_t key,
+                                            int32_t page) const {
+    const AttentionArgs& a = p.a;
+    const char* from = a.v + page * a.v_page +
+                       (key & ((1 << a.block_shift) - 1)) * static_cast<int64_t>(a.v_token) +
+                       w.head * a.v_head;
+    constexpr int kChunks = Traits::D / 8;
+    for (int i = lane; i < kPageKeys * kChunks; i += 32) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      const bool holds = key + row >= w.item.q.begin && key + row < w.item.q.len;
+      uint4 x = make_uint4(0, 0, 0, 0);
+      if (holds) {
+        x = *reinterpret_cast<const uint4*>(from + row * static_cast<int64_t>(a.v_token) +
+                                            chunk * 16);
+      }
+      const int r = place * kPageKeys + row;
+      ptx::store_shared16(tile + chunk / 8 * Traits::kKVBlock + r * 128 + (chunk % 8 ^ r % 8) * 16,
+                          x);
+    }
+  }
+};
+
+// Query rows of one item into swizzled shared memory, zeros past the last row.
+template <typename Traits>
+__device__ __forceinline__ void load_queries(const AttentionArgs& a, const Sm90Work& w, uint32_t to,
+                                             int thread, int threads) {
+  using T = typename Traits::T;
+  constexpr int kChunks = Traits::D / 8;
+  const T* q = static_cast<const T*>(a.q);
+  for (int i = thread; i < kSm90Rows * kChunks; i += threads) {
+    const int r = i / kChunks, chunk = i % kChunks, row = w.row0 + r;
+    const int token = row / a.group, head = w.head * a.group + row - token * a.group;
+    const bool valid = row < w.rows;
+    const T* from = q + (w.item.q.q_start + token) * a.q_token + head * a.q_head + chunk * 8;
+    ptx::cp_async16(to + chunk / 8 * Traits::kQBlock + r * 128 + (chunk % 8 ^ r % 8) * 16,
+                    valid ? from : q, valid);
+  }
+  ptx::cp_async_commit();
+}
+
+// ---- computing -------------------------------------------------------------------------------
+
+template <typename Traits>
+struct Sm90Rows {
+  using T = typename Traits::T;
+  static constexpr int kKeys = Traits::kKeys, D = Traits::D;
+  static constexpr int kScores = kKeys / 2;  // a thread's part of 64 rows x kKeys
+
+  const AttentionArgs& a;
+  int lane, warp;    // warp 0 to 3 of the warpgroup
+  uint32_t q, k, v;  // shared addresses: this warpgroup's query rows, the stages
+  float o[D / 2];    // element 4 j + i: row g + 8 (i / 2), column 8 j + 2 (lane % 4) + i % 2
+  float m[2], l[2];  // of rows g and g + 8: maximum dot product, this thread's share of sums
+  float scale;       // score * scale = logit * log2(e)
+  int32_t last[2];   // last key seen
+  int32_t min_last, max_first;
+
+  __device__ __forceinline__ void begin(const Sm90Work& w, int first_row) {
+    const Sequence& s = w.item.q;
+    const int top = min(first_row + warp * 16, w.rows - 1);
+    const int bottom = min(first_row + warp * 16 + 15, w.rows - 1);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      // Rows past the end see what the last row sees; nothing of them is stored.
+      last[h] = s.position(min(first_row + warp * 16 + lane / 4 + 8 * h, w.rows - 1) / a.group);
+      m[h] = -INFINITY, l[h] = 0.0f;
+    }
+    min_last = s.position(top / a.group);
+    max_first = a.window > 0 ? max(0, s.position(bottom / a.group) - a.window + 1) : 0;
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
+  }
+
+  // s = q k^T of the tile in `stage`, asynchronously.
+  __device__ __forceinline__ void start_scores(float (&s)[kScores], int stage) const {
+    const uint32_t keys = k + stage * Traits::kTileBytes;
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      const uint32_t column = i % 4 * 32;
+      ptx::wgmma_ss<T, kKeys>(s, ptx::matrix_descriptor(q + i / 4 * Traits::kQBlock + column, 0),
+                              ptx::matrix_descriptor(keys + i / 4 * Traits::kKVBlock + column, 0),
+                              i > 0);
+    }
+    ptx::wgmma_commit();
+  }
+  // o += p v of the tile in `stage`, asynchronously.
+  __device__ __forceinline__ void start_values(const uint32_t (&p)[kKeys / 16][4], int stage) {
+    const uint32_t values = v + stage * Traits::kTileBytes;
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) {
+      ptx::wgmma_rs<T, D>(o, p[i],
+                          ptx::matrix_descriptor(values + i * (16 * 128), Traits::kKVBlock));
+    }
+    ptx::wgmma_commit();
+  }
+
+  // Scores to weights relative to the new maxima; alpha is what earlier sums must be scaled with.
+  __device__ __forceinline__ void softmax(float (&s)[kScores], int32_t n, float (&alpha)[2]) {
+    const int32_t key = n * kKeys;
+    if (a.cap_log2 != 0.0f) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) s[i] = capped_logit(a, s[i]);
+    }
+    if (key + kKeys - 1 > min_last || key < max_first) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        const int32_t at = key + i / 4 * 8 + lane % 4 * 2 + i % 2, end = last[i / 2 % 2];
+        if (at > end || (a.window > 0 && at <= end - a.window)) s[i] = -INFINITY;
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = m[h];
+#pragma unroll
+      for (int j = 0; j < kScores / 4; ++j) {
+        top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+      }
+      top = ptx::quad_max(top);
+      const float base = finite_base(top) * scale;
+      alpha[h] = ptx::exp2_approx(m[h] * scale - base);
+      m[h] = top;
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kScores / 4; ++j) {
+#pragma unroll
+        for (int i = 4 * j + 2 * h; i < 4 * j + 2 * h + 2; ++i) {
+          s[i] = ptx::exp2_approx(s[i] * scale - base);
+          sum += s[i];
+        }
+      }
+      l[h] = l[h] * alpha[h] + sum;
+    }
+  }
+
+  __device__ __forceinline__ static void pack(const float (&s)[kScores],
+                                              uint32_t (&p)[kKeys / 16][4]) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) p[i / 4][i % 4] = ptx::pack2<T>(s[2 * i], s[2 * i + 1]);
+  }
+
+  __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) o[i] *= alpha[i / 2 % 2];
+  }
+
+  // Divides by the sums and writes 16 bytes a lane: the lanes of a quad swap their pairs of
+  // columns.
+  __device__ __forceinline__ void end(const Sm90Work& w, int first_row) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = ptx::quad_sum(l[h]);
+      const int row = first_row + warp * 16 + lane / 4 + 8 * h;
+      const bool valid = row < w.rows;
+      const int token = row / a.group, head = w.head * a.group + row - token * a.group;
+      const Closed closed = close_row(a, m[h] * scale, sum, valid ? head : 0);
+      T* out =
+          static_cast<T*>(a.out) + (w.item.q.q_start + token) * a.out_token + head * a.out_head;
+#pragma unroll
+      for (int j = 0; j < D / 32; ++j) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = 4 * (4 * j + i) + 2 * h;
+          x[i] = ptx::pack2<T>(o[at] * closed.factor, o[at + 1] * closed.factor);
+        }
+        ptx::transpose_quad(x, lane);
+        if (valid) {
+          *reinterpret_cast<uint4*>(out + j * 32 + lane % 4 * 8) =
+              make_uint4(x[0], x[1], x[2], x[3]);
+        }
+      }
+      if (valid && a.lse != nullptr && lane % 4 == 0) {
+        a.lse[(w.item.q.q_start + token) * a.lse_token + head] = closed.lse;
+      }
+    }
+  }
+};
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    prefill_sm90(const __grid_constant__ Sm90Args args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // another architecture of the same build has no use for it
+  extern __shared__ __align__(128) char shared[];
+  const PrefillArgs& p = args.p;
+  const uint32_t memory = (ptx::smem_address(shared) + 1023) / 1024 * 1024;
+  const Sm90Barriers<Traits> barriers{memory + Traits::kBarriers};
+  const int thread = threadIdx.x, lane = thread % 32, group = thread / 128;
+  constexpr int kLoadWarps = 3;  // that gather queries
+  if (thread == 0) {
+    ptx::barrier_init(barriers.q_full(), kLoadWarps * 32);
+    ptx::barrier_init(barriers.q_empty(), 8);
+    for (int s = 0; s < Traits::kStages; ++s) {
+      ptx::barrier_init(barriers.k_full(s), 1);
+      ptx::barrier_init(barriers.k_empty(s), 8);  // warps of the two computing warpgroups
+      ptx::barrier_init(barriers.v_full(s), 1);
+      ptx::barrier_init(barriers.v_empty(s), 8);
+    }
+    ptx::barrier_init_fence();
+    ptx::bulk_prefetch_map(&args.k);
+    ptx::bulk_prefetch_map(&args.v);
+  }
+  __syncthreads();
+  Sm90Items items{*p.count * p.a.num_kv_heads};
+
+  if (group == 0) {
+    ptx::registers_shrink<40>();
+    if (thread < 32) {
+      Ring ring{0, 1};  // parity 1: the first pass over the ring does not wait
+      for (int32_t i; (i = items.next()) >= 0;) {
+        const Sm90Work w = read_work<Traits>(p, i);
+        const Sm90Loader<Traits> loader{p, w, lane};
+        for (int32_t n = w.stop_tile - 1; n >= w.first_tile; --n) {
+          ptx::barrier_wait(barriers.k_empty(ring.stage), ring.parity);
+          loader.load_keys(args.k, memory + Traits::kK + ring.stage * Traits::kTileBytes,
+                           barriers.k_full(ring.stage), n);
+          ptx::barrier_wait(barriers.v_empty(ring.stage), ring.parity);
+          loader.load_values(args.v, memory + Traits::kV + ring.stage * Traits::kTileBytes,
+                             barriers.v_full(ring.stage), n);
+          ring.advance<Traits::kStages>();
+        }
+      }
+    } else {
+      uint32_t parity = 1;
+      for (int32_t i; (i = items.next()) >= 0;) {
+        const Sm90Work w = read_work<Traits>(p, i);
+        ptx::barrier_wait(barriers.q_empty(), parity);
+        load_queries<Traits>(p.a, w, memory + Traits::kQ, thread - 32, kLoadWarps * 32);
+        ptx::cp_async_wait<0>();
+        ptx::async_proxy_fence();
+        ptx::barrier_arrive(barriers.q_full());
+        parity ^= 1;
+      }
+    }
+  } else {
+    ptx::registers_grow<232>();
+    Sm90Rows<Traits> rows{p.a,
+                          lane,
+                          thread / 32 % 4,
+                          memory + Traits::kQ + (group - 1) * (64 * 128),
+                          memory + Traits::kK,
+                          memory + Traits::kV};
+    rows.scale = p.a.cap_log2 == 0.0f ? p.a.scale_log2 : 1.0f;
+    const auto release = [&](uint32_t barrier) {
+      if (lane == 0) ptx::barrier_arrive(barrier);
+    };
+    Ring k_ring, v_ring;
+    uint32_t q_parity = 0;
+    for (int32_t i; (i = items.next()) >= 0;) {
+      const Sm90Work w = read_work<Traits>(p, i);
+      const int first_row = w.row0 + (group - 1) * 64;
+      rows.begin(w, first_row);
+      float s[Traits::kKeys / 2], alpha[2];
+      uint32_t weights[Traits::kKeys / 16][4];
+
+      ptx::barrier_wait(barriers.q_full(), q_parity);
+      q_parity ^= 1;
+      ptx::barrier_wait(barriers.k_full(k_ring.stage), k_ring.parity);
+      ptx::hold(s);
+      ptx::wgmma_fence();
+      rows.start_scores(s, k_ring.stage);
+      ptx::wgmma_wait<0>();
+      ptx::hold(s);
+      release(barriers.k_empty(k_ring.stage));
+      k_ring.template advance<Traits::kStages>();
+      rows.softmax(s, w.stop_tile - 1, alpha);  // nothing to rescale yet
+      rows.pack(s, weights);
+
+#pragma unroll 1
+      for (int32_t n = w.stop_tile - 2; n >= w.first_tile; --n) {
+        ptx::barrier_wait(barriers.k_full(k_ring.stage), k_ring.parity);
+        ptx::hold(s);
+        ptx::hold(rows.o);
+        ptx::wgmma_fence();
+        rows.start_scores(s, k_ring.stage);
+        ptx::barrier_wait(barriers.v_full(v_ring.stage), v_ring.parity);
+        rows.start_values(weights, v_ring.stage);
+        ptx::wgmma_wait<1>();
+        ptx::hold(s);
+        release(barriers.k_empty(k_ring.stage));
+        k_ring.template advance<Traits::kStages>();
+        rows.softmax(s, n, alpha);
+        ptx::wgmma_wait<0>();
+        ptx::hold(rows.o);
+        release(barriers.v_empty(v_ring.stage));
+        v_ring.template advance<Traits::kStages>();
+        rows.rescale(alpha);
+        rows.pack(s, weights);
+      }
+      release(barriers.q_empty());
+      ptx::barrier_wait(barriers.v_full(v_ring.stage), v_ring.parity);
+      ptx::hold(rows.o);
+      ptx::wgmma_fence();
+      rows.start_values(weights, v_ring.stage);
+      ptx::wgmma_wait<0>();
+      ptx::hold(rows.o);
+      release(barriers.v_empty(v_ring.stage));
+      v_ring.template advance<Traits::kStages>();
+      rows.end(w, first_row);
+    }
+  }
+#endif
+}
+
+}  // namespace torch_pd
