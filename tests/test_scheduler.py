@@ -241,6 +241,25 @@ def test_abort_while_waiting_running_and_in_flight():
     assert model.scheduler.allocator.num_used == 0
 
 
+def test_a_cancelled_plan_counts_for_nothing():
+    model = FakeModel(make(usable=20))
+    a = model.add(range(5), 3, n=2)
+    model.step()
+    plan = model.schedule()
+    model.scheduler.abort(model.children[0].seq_id)
+    model.scheduler.cancel(plan)
+    model.scheduler.check()
+    assert a.num_output == 1
+    with pytest.raises(AssertionError, match="not the plan under way"):
+        model.scheduler.update(plan, [1, 2])
+    again = model.schedule()
+    assert (again.seqs, starts_and_counts(again)) == ([a], [(5, 1)])
+    model.finish_step(again, model.run(again))
+    model.drain()
+    model.verify(a)
+    assert model.scheduler.allocator.num_used == 0
+
+
 def test_aborted_waiting_sequences_leave_the_queue():
     s = make(usable=20, seqs=1)
     seqs = [Sequence("r", [1, 2]) for _ in range(100)]
@@ -284,15 +303,16 @@ def test_children_share_the_prompt_and_copy_before_they_write(prompt_len, cachin
 
 def test_a_child_without_a_row_waits_at_its_parents_place():
     model = FakeModel(make(usable=40, seqs=2))
-    parent, later = model.add(range(6), 2, n=3), model.add(range(3), 2)
+    parent, later, last = model.add(range(6), 2, n=3), model.add([1], 2), model.add([2], 2)
     model.step()
     first, second = model.children
     assert first.status is Status.WAITING  # later took the second row
     assert not first.pages
     model.step()
     assert model.step().seqs == [first, second]
+    assert last.status is Status.WAITING
     model.drain()
-    for seq in (parent, later, first, second):
+    for seq in (parent, later, last, first, second):
         model.verify(seq)
 
 
@@ -327,15 +347,15 @@ def test_only_a_parent_with_its_first_token_forks():
 
 def test_a_cached_prefix_is_not_computed_again_but_for_the_last_token():
     model = FakeModel(make(usable=40, caching=True))
-    a = model.add(range(12), 3)
+    a = model.add(range(12), 5)
     model.drain()
     b, c = model.add(range(12), 1), model.add([*range(10), 77, 78, 79], 1)
     d = model.add(range(12), 1, no_prefix_lookup=True)
     plan = model.step()
     assert starts_and_counts(plan) == [(8, 4), (8, 5), (0, 12)]
     assert (b.num_cached, c.num_cached, d.num_cached) == (8, 8, 0)
-    e = model.add([*a.token_ids[:14], 5], 1)  # 14 computed: output pages are cached as well
-    assert starts_and_counts(model.step()) == [(12, 3)]
+    e = model.add([*a.token_ids[:16], 5], 1)  # the output's full page is cached as well
+    assert starts_and_counts(model.step()) == [(16, 1)]
     for seq in (a, b, c, d, e):
         model.verify(seq)
 

@@ -310,15 +310,11 @@ class Scheduler:
             seq = self._waiting.first()
             if seq is None:
                 break
-            if len(seq.token_ids) > self._most_tokens:
-                plan.failed.append(self._fail(seq))
-                continue
             room = self._first_pages(seq)
             if room is None:
                 break
             pages, start = room
             self._waiting.pop()
-            self._blocked = None, 0
             if seq.num_preemptions == 0:
                 seq.num_cached = start
             self._run(seq, pages, start)
