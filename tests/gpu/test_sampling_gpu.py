@@ -1,16 +1,11 @@
 """sample and adjust_logits against plain torch on the same uniform numbers."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch_pd import ops
 from torch_pd.engine import draw
