@@ -14,12 +14,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     On CPU the library's own op: a row of the result does not depend on the other rows, so batching
     never changes an answer. Elsewhere the vendor's GEMM.
     """
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return nn.functional.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    out = rows.new_empty(rows.shape[0], weight.shape[0])
-    ops.linear(rows, weight, bias, out)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    if x.dim() != 2:
+        return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    ops.linear(x, weight, bias, out)
+    return out
 
 
 def forward(module: nn.Linear, x: Tensor) -> Tensor:
