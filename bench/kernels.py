@@ -1,6 +1,6 @@
 """Times the CUDA ops against this GPU's measured limits, beside FlashInfer if it is installed.
 
-    python bench/kernels.py [--only decode,prefill] [--json FILE]
+    python bench/kernels.py [--only decode,prefill,elementwise,sampling] [--json FILE]
 
 Attention runs over pools laid out as the engine's: the pages of one layer lie a whole page record
 (all layers) apart, in random order. Every call takes another layer, so that no call finds its
@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 from device_timing import Limits, Row, graph_us, median_us
-from kernels_elementwise import elementwise_rows, sampling_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kernels_elementwise import elementwise_rows, sampling_rows
 
 from torch_pd import ops
 
@@ -196,6 +197,14 @@ def prefill_rows(peers: bool) -> list[Row]:
     return rows
 
 
+SECTIONS: dict[str, Callable[[bool], list[Row]]] = {
+    "decode": decode_rows,
+    "prefill": prefill_rows,
+    "elementwise": lambda peers: elementwise_rows(),
+    "sampling": lambda peers: sampling_rows(),
+}
+
+
 def main() -> None:
     sections = {
         "decode": decode_rows,
@@ -204,14 +213,15 @@ def main() -> None:
         "sampling": lambda _: sampling_rows(),
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(sections), help="sections, comma separated")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma separated")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--no-peers", action="store_true", help="time nothing but our ops")
     args = parser.parse_args()
+    peers = HAS_FLASHINFER and not args.no_peers
     chosen = args.only.split(",")
     for name in chosen:
-        if name not in sections:
-            parser.error(f"unknown section {name!r}, there are {', '.join(sections)}")
+        if name not in SECTIONS:
+            parser.error(f"unknown section {name!r}, there are {', '.join(SECTIONS)}")
     torch.manual_seed(0)
     limits = Limits.measure()
     print(
@@ -221,7 +231,7 @@ def main() -> None:
     )
     rows = []
     for name in chosen:
-        for row in sections[name](HAS_FLASHINFER and not args.no_peers):
+        for row in SECTIONS[name](peers):
             print(row.line(limits), flush=True)
             rows.append(row)
     errors = ops.describe_errors(ops.device_errors("cuda").tolist())

@@ -18,13 +18,6 @@ from reference import PLACE_SHIFT, poisoned, ref_paged_attention, relative_error
 
 from torch_pd import ops
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (torch.cuda.is_available() and ops.has_cuda_ops()), reason="needs a CUDA build and GPU"
-    ),
-]
-
 BF16, F16, F32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 # Relative to the largest value of the reference; bfloat16 has 8 bits, and p is rounded as well.
 TOLERANCE = {BF16: 1e-2, F16: 2e-3, F32: 2e-5}
