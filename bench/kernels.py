@@ -200,18 +200,12 @@ def prefill_rows(peers: bool) -> list[Row]:
 SECTIONS: dict[str, Callable[[bool], list[Row]]] = {
     "decode": decode_rows,
     "prefill": prefill_rows,
-    "elementwise": lambda peers: elementwise_rows(),
-    "sampling": lambda peers: sampling_rows(),
+    "elementwise": lambda _: elementwise_rows(),
+    "sampling": lambda _: sampling_rows(),
 }
 
 
 def main() -> None:
-    sections = {
-        "decode": decode_rows,
-        "prefill": prefill_rows,
-        "elementwise": lambda _: elementwise_rows(),
-        "sampling": lambda _: sampling_rows(),
-    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma separated")
     parser.add_argument("--json", type=Path, help="write all figures there")
