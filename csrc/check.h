@@ -5,10 +5,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace torch_pd {
 
@@ -16,12 +17,30 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
 
+// Messages are put together without iostreams: those look up the C++ runtime's locale, which goes
+// wrong where a compiler links its own runtime statically beside torch's.
+inline void append(std::string& text, const char* part) { text += part; }
+inline void append(std::string& text, const std::string& part) { text += part; }
+inline void append(std::string& text, double part) {
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%g", part);
+  text += digits;
+}
+template <typename Int>
+  requires std::is_integral_v<Int>
+inline void append(std::string& text, Int part) {
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%lld", static_cast<long long>(part));
+  text += digits;
+}
+
 template <typename... Args>
 [[noreturn]] inline void fail(const char* op, const Args&... args) {
-  std::ostringstream message;
-  message << "torch_pd::" << op << ": ";
-  ((message << args), ...);
-  throw std::runtime_error(message.str());
+  std::string message = "torch_pd::";
+  message += op;
+  message += ": ";
+  (append(message, args), ...);
+  throw std::runtime_error(message);
 }
 
 #define TPD_CHECK(op, condition, ...)                    \
@@ -45,22 +64,18 @@ inline const char* dtype_name(ScalarType type) {
 }
 
 inline std::string shape_name(const Tensor& t) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << ']';
-  return text.str();
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (i) text += ", ";
+    append(text, t.size(i));
+  }
+  return text + "]";
 }
 
 inline std::string device_name(const Tensor& t) {
-  return t.is_cuda()  ? "cuda:" + std::to_string(t.get_device_index())
-         : t.is_cpu() ? std::string("cpu")
-                      : std::string("another device");
-}
-
-// The dispatcher passes None for a Tensor as an undefined one, of which nothing can be asked.
-inline void check_given(const char* op, const char* name, const Tensor& t) {
-  TPD_CHECK(op, t.defined(), name, " must be a tensor, got None");
+  std::string text = t.is_cuda() ? "cuda:" : t.is_cpu() ? "cpu" : "another device";
+  if (t.is_cuda()) append(text, t.get_device_index());
+  return text;
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
