@@ -78,6 +78,11 @@ inline std::string device_name(const Tensor& t) {
   return text;
 }
 
+// The dispatcher passes None for a Tensor as an undefined one, of which nothing can be asked.
+inline void check_given(const char* op, const char* name, const Tensor& t) {
+  TPD_CHECK(op, t.defined(), name, " must be a tensor, got None");
+}
+
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {
   check_given(op, name, t);
   TPD_CHECK(op, t.dim() == dim, name, " must have ", dim, " dimensions, got shape ", shape_name(t));
