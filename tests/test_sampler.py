@@ -52,7 +52,6 @@ def reference_distribution(x: np.ndarray, params: SamplingParams) -> list[tuple[
     for token in order:
         assume(abs(weights[token] - params.min_p) > NEAR or params.min_p in (0.0, weights[token]))
     kept = [token for token in order if weights[token] >= params.min_p and weights[token] > 1e-46]
-    filtered = params.top_p < 1.0 or 0 < params.top_k < len(x)
     if params.top_k > 0:
         kept = kept[: params.top_k]
     if params.top_p < 1.0:
@@ -64,8 +63,7 @@ def reference_distribution(x: np.ndarray, params: SamplingParams) -> list[tuple[
                 nucleus.append(token)
             before += weights[token]
         kept = nucleus
-    if not filtered:
-        kept.sort()
+    kept.sort()
     whole = sum(weights[token] for token in kept)
     return [(token, weights[token] / whole) for token in kept]
 

@@ -133,7 +133,8 @@ def draw_filtered(x: Tensor, draws: Draws, width: int, by_count: bool) -> Tensor
     """Draws one token of each row after min_p, then top_k, then top_p over what those leave.
 
     top_k keeps exactly k tokens (of equals the lowest ids); top_p keeps the fewest best tokens
-    whose mass reaches top_p. The inverse CDF runs in canonical order (`ranked`).
+    whose mass reaches top_p. The inverse CDF runs over those left in the order of token ids, as in
+    `draw` and in ops.sample.
 
     Args:
         x: logits float32 [n, V], left as they are.
@@ -157,7 +158,8 @@ def draw_filtered(x: Tensor, draws: Draws, width: int, by_count: bool) -> Tensor
     kept = torch.minimum(((total - mass) < goal[:, None]).sum(dim=1), (mass > 0).sum(dim=1))
     kept = torch.minimum(kept, draws.top_k).clamp(min=1)
     inside = torch.arange(width, device=x.device) < kept[:, None]
-    place, _ = _invert(mass.masked_fill(~inside, 0.0), draws.u)
+    ids, order = ids.masked_fill(~inside, x.shape[1]).sort(dim=1)
+    place, _ = _invert(mass.masked_fill(~inside, 0.0).gather(1, order), draws.u)
     token = ids.gather(1, place[:, None])[:, 0]
     if width == x.shape[1]:
         return token

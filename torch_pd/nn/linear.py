@@ -17,7 +17,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not x.is_cpu:
         return nn.functional.linear(x, weight, bias)
     if x.dim() != 2:
-        return linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        rows = linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return rows.view(*x.shape[:-1], weight.shape[0])
     out = x.new_empty(x.shape[0], weight.shape[0])
     ops.linear(x, weight, bias, out)
     return out
