@@ -85,8 +85,8 @@ std::vector<AttentionItem> make_items(const Attention& p, int64_t tokens) {
   return items;
 }
 
-// Calls work(i, last) for i = 0 .. count; last: i + 1 is not this thread's next. Each thread takes
-// a few when it is free: items differ in cost. work must not throw.
+// Calls work(i, after) for i = 0 .. count; after: what this thread probably does next, or -1. Each
+// thread takes a few when it is free: items differ in cost. work must not throw.
 template <typename F>
 void run_items(int64_t count, const F& work) {
   std::atomic<int64_t> next{0};
@@ -95,7 +95,10 @@ void run_items(int64_t count, const F& work) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(step, std::memory_order_relaxed)) < count;) {
       const int64_t end = std::min(i + step, count);
-      for (; i < end; ++i) work(i, i + 1 == end);
+      for (; i < end; ++i) {
+        const int64_t after = i + 1 < end ? i + 1 : next.load(std::memory_order_relaxed);
+        work(i, after < count ? after : -1);
+      }
     }
   });
 }
@@ -131,8 +134,8 @@ void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
   }
   const int64_t size = attention_scratch_size(rows, c.k_dim, c.v_dim);
   const auto run_all = [&](const std::vector<AttentionItem>& list) {
-    run_items(list.size(), [&](int64_t i, bool last) {
-      attention_item_fn()(c, list[i], last ? nullptr : &list[i + 1], scratch_floats(size));
+    run_items(list.size(), [&](int64_t i, int64_t after) {
+      attention_item_fn()(c, list[i], after < 0 ? nullptr : &list[after], scratch_floats(size));
     });
   };
   const auto count = static_cast<int64_t>(items.size());
@@ -154,7 +157,7 @@ void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
   }
   run_all(parts);
   run_items(count,
-            [&](int64_t i, bool) { attention_finish_fn()(c, items[i], scratch_floats(size)); });
+            [&](int64_t i, int64_t) { attention_finish_fn()(c, items[i], scratch_floats(size)); });
 }
 
 void merge_attention(Tensor out, Tensor lse, const Tensor& other, const Tensor& other_lse) {

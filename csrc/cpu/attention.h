@@ -66,7 +66,7 @@ static inline int64_t attention_scratch_size(int64_t rows, int64_t k_dim, int64_
 }
 
 // The splits of one item: into item.partial, or merged, normalised and written to out. next: the
-// item that this thread does next, or null; its first tile is fetched meanwhile.
+// item that this thread probably does next, or null; its first tile is fetched meanwhile.
 TPD_ISA(void, attention_item,
         (const AttentionCall& c, const AttentionItem& item, const AttentionItem* next,
          float* scratch))

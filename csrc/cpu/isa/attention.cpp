@@ -121,8 +121,12 @@ void run_few(const AttentionCall& c, const AttentionItem& item, const Tile& t, c
              const Work& w) {
   if constexpr (R > 0) {
     if (w.rows != R) return run_few<T, R - 1>(c, item, t, ahead, w);
+    if (ahead) {
+      fetch_rows(ahead->k, round_up(t.end, kLanes), ahead->end, c.k_dim * sizeof(T));
+    }
     few_scores<T, R>(c, t, ahead, w, w.scores);
     softmax_tile(c, item, t, 0, R, w);
+    if (ahead) fetch_rows(ahead->v, t.end, ahead->end, c.v_dim * sizeof(T));
     few_values<T, R>(c, t, ahead, w, w.scores);
   }
 }

@@ -249,6 +249,13 @@ void few_values(const AttentionCall& c, const Tile& t, const Tile* ahead, const 
   }
 }
 
+// Fetches rows of the next tile that have no counterpart in this one.
+void fetch_rows(const char* const* rows, int begin, int end, int64_t bytes) {
+  for (int i = begin; i < end; ++i) {
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[i] + b, 0, 3);
+  }
+}
+
 }  // namespace
 
 }  // namespace TORCH_PD_ISA
