@@ -27,21 +27,33 @@ from torch_pd import LLM, SamplingParams, ops
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from smollm2 import prepare
 
-WORDS = (
-    "the river ran slowly past old stone houses while children carried bread and letters from one "
-    "village to another under a pale winter sky and nobody asked why the bell had not rung since "
-    "morning or where the miller kept his second key because everyone knew that questions cost "
-    "more than silence in a year when grain was short and neighbours counted every candle"
-).split()
+# The opening of "Alice's Adventures in Wonderland" (Lewis Carroll, 1865; public domain).
+TEXT = """Alice was beginning to get very tired of sitting by her sister on the bank, and of having
+nothing to do: once or twice she had peeped into the book her sister was reading, but it had no
+pictures or conversations in it, "and what is the use of a book," thought Alice "without pictures or
+conversations?" So she was considering in her own mind (as well as she could, for the hot day made
+her feel very sleepy and stupid), whether the pleasure of making a daisy-chain would be worth the
+trouble of getting up and picking the daisies, when suddenly a White Rabbit with pink eyes ran close
+by her. There was nothing so very remarkable in that; nor did Alice think it so very much out of the
+way to hear the Rabbit say to itself, "Oh dear! Oh dear! I shall be late!" (when she thought it over
+afterwards, it occurred to her that she ought to have wondered at this, but at the time it all
+seemed quite natural); but when the Rabbit actually took a watch out of its waistcoat-pocket, and
+looked at it, and then hurried on, Alice started to her feet, for it flashed across her mind that
+she had never before seen a rabbit with either a waistcoat-pocket, or a watch to take out of it, and
+burning with curiosity, she ran across the field after it, and fortunately was just in time to see
+it pop down a large rabbit-hole under the hedge."""
 
 
 def make_prompts(count: int, seed: int = 0) -> list[str]:
-    """Prompts of 20 to 120 words."""
+    """Passages of 20 to 120 words."""
     rng = random.Random(seed)
-    return [
-        "Continue this story: " + " ".join(rng.choices(WORDS, k=rng.randint(20, 120)))
-        for _ in range(count)
-    ]
+    words = TEXT.split()
+    prompts = []
+    for _ in range(count):
+        length = rng.randint(20, 120)
+        start = rng.randrange(len(words) - length)
+        prompts.append(" ".join(words[start : start + length]))
+    return prompts
 
 
 def gemm_peak() -> float:
