@@ -48,10 +48,101 @@ inline bool cache_aligned(const KVCache& c, int64_t item, int64_t bytes, int64_t
   return yes && c.k_dim % elements == 0 && c.v_dim % elements == 0;
 }
 
+// Strides of one token's K and V heads, in elements.
+struct Rows {
+  int64_t k_token, k_head, v_token, v_head;
+};
+
+// Calls f with a null pointer of the widest word that every access of both sides is a multiple of.
+template <typename F>
+inline void dispatch_word(const KVCache& c, const void* k, const void* v, const Rows& rows,
+                          int64_t item, F&& f) {
+  const int64_t wide = 16 / item;
+  bool fits = cache_aligned(c, item, 16, wide) && aligned(k, 16) && aligned(v, 16);
+  for (int64_t n : {rows.k_token, rows.k_head, rows.v_token, rows.v_head}) {
+    fits = fits && n % wide == 0;
+  }
+  if (fits) {
+    f(static_cast<uint4*>(nullptr), wide);
+  } else if (item == 4) {
+    f(static_cast<uint32_t*>(nullptr), int64_t{1});
+  } else {
+    f(static_cast<uint16_t*>(nullptr), int64_t{1});
+  }
+}
+
+inline Rows in_words(const Rows& r, int64_t n) {
+  return {r.k_token / n, r.k_head / n, r.v_token / n, r.v_head / n};
+}
+
+// True if 8 elements of both sides of a float8 cache can move as one access.
+template <typename T>
+inline bool fp8_aligned(const KVCache& c, const void* k, const void* v, const Rows& rows) {
+  bool yes = cache_aligned(c, 1, 8, 8) && aligned(k, 16) && aligned(v, 16);
+  for (int64_t n : {rows.k_token, rows.k_head, rows.v_token, rows.v_head}) {
+    yes = yes && n * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+  }
+  return yes;
+}
+
 // Scale of a head of largest magnitude `amax`; values are stored divided by it, as on the CPU.
 __device__ __forceinline__ float fp8_scale(float amax) {
   const float scale = amax / kFp8Max;
   return scale > 0.0f ? scale : 1.0f;
+}
+
+// x / scale, correctly rounded, without a division per value: Markstein's correction of a product
+// with the inverse. A power of two keeps all steps away from overflow and underflow.
+struct Quotient {
+  float shift, divisor, inverse;
+  __device__ __forceinline__ explicit Quotient(float scale) {
+    shift = scale < 0x1p-60f ? 0x1p100f : scale > 0x1p60f ? 0x1p-100f : 1.0f;
+    const bool infinite = scale > 3.402823466e38f;  // then 0, or NaN for infinite values
+    divisor = infinite ? 0.0f : scale * shift;
+    inverse = infinite ? 0.0f : 1.0f / divisor;
+  }
+  __device__ __forceinline__ float operator()(float x) const {
+    const float a = x * shift, q = a * inverse;
+    return copysignf(fmaf(fmaf(-q, divisor, a), inverse, q), x);
+  }
+};
+
+// N values of a head as float8, divided by its scale.
+template <int N>
+__device__ __forceinline__ Vec<__nv_fp8_e4m3, N> quantize(const float (&x)[N],
+                                                          const Quotient& quotient) {
+  float q[N];
+#pragma unroll
+  for (int e = 0; e < N; ++e) q[e] = quotient(x[e]);
+  return narrow<__nv_fp8_e4m3, N>(q);
+}
+
+// One token's K or V heads as accesses of VEC elements, numbered through.
+template <int VEC>
+struct Heads {
+  int count;
+  FastDiv width;  // accesses of one head
+  Heads(int64_t heads, int64_t dim)
+      : count(static_cast<int>(heads * dim / VEC)), width(dim / VEC) {}
+  __device__ __forceinline__ int head(int i) const { return static_cast<int>(width.div(i)); }
+  // Element that access i starts at, in a tensor whose heads lie `stride` elements apart.
+  __device__ __forceinline__ int64_t at(int i, int64_t stride) const {
+    const int h = head(i);
+    return h * stride + (i - h * static_cast<int>(width.divisor)) * VEC;
+  }
+};
+
+// A warp moves a token: each lane holds kHeld accesses of its K or V, first, first + 32 and so on.
+constexpr int kHeld = 4;
+
+template <int VEC, typename T>
+__device__ __forceinline__ void read_heads(const Heads<VEC>& heads, const T* from, int64_t stride,
+                                           int first, Vec<T, VEC> (&held)[kHeld]) {
+#pragma unroll
+  for (int u = 0; u < kHeld; ++u) {
+    const int i = first + 32 * u;
+    if (i < heads.count) held[u] = load_vec<VEC>(from + heads.at(i, stride));
+  }
 }
 
 // Number of threads that share `count` accesses of one head: a power of two, at most a warp.

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../params.h"
+#include "overlap.cuh"
 #include "vec.cuh"
 
 namespace torch_pd {
@@ -52,42 +53,76 @@ template <typename T, int VEC>
 __device__ __forceinline__ void write_out(const RmsNorm& p, const Row<T>& row, int64_t column,
                                           const Vec<T, VEC>& x, const Vec<T, VEC>& weight,
                                           float factor) {
-  Vec<T, VEC> out;
+  float out[VEC];
 #pragma unroll
   for (int e = 0; e < VEC; ++e) {
-    out.at[e] = from_float<T>(to_float(x.at[e]) * factor * (p.offset + to_float(weight.at[e])));
+    out[e] = to_float(x.at[e]) * factor * (p.offset + to_float(weight.at[e]));
   }
-  store_vec(row.out + column, out);
+  store_vec(row.out + column, narrow<T, VEC>(out));
 }
 
-// One block per row, which it holds in registers: HELD accesses per thread.
-template <typename T, int VEC, int HELD>
-__global__ void __launch_bounds__(HELD == 4 ? 512 : kMaxThreads) rms_norm_kernel(const RmsNorm p) {
-  __shared__ float partial[32];
-  const Row<T> row = row_of<T>(p, blockIdx.x);
-  Vec<T, VEC> x[HELD], weight[HELD];
-  float squares = 0.0f;
+// A block holds ROWS rows in registers: HELD accesses of each per thread, all loaded before the
+// first is used. 48 registers a thread: as many rows are on their way to a multiprocessor as it
+// takes to keep its memory busy.
+template <typename T, int VEC, int HELD, int ROWS>
+__global__ void __maxnreg__(48) rms_norm_kernel(const RmsNorm p) {
+  __shared__ float partial[ROWS][32];
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int warp = thread / 32, lane = thread % 32, warps = threads / 32;
+  const int64_t first = int64_t{blockIdx.x} * ROWS;
+  const T* weights = static_cast<const T*>(p.weight);
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
-    const int column = (static_cast<int>(threadIdx.x) + i * static_cast<int>(blockDim.x)) * VEC;
-    if (column >= p.width) continue;
-    x[i] = read_x<T, VEC>(p, row, column);
-    weight[i] = load_vec<VEC>(row.weight + column);
+    const int column = (thread + i * threads) * VEC;
+    if (column < p.width) prefetch_l2(weights + column);
+  }
+  after_previous();
+  constexpr bool kEarly = HELD * ROWS < 4;  // there are registers to load the weight early
+  Vec<T, VEC> x[ROWS][HELD], weight[HELD];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    if (first + r >= p.num_tokens) continue;
+    const Row<T> row = row_of<T>(p, first + r);
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+      const int column = (thread + i * threads) * VEC;
+      if (column >= p.width) continue;
+      x[r][i] = read_x<T, VEC>(p, row, column);
+      if (kEarly) weight[i] = load_vec<VEC>(weights + column);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    float squares = 0.0f;
+    const Row<T> row = row_of<T>(p, first + r);
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+      const int column = (thread + i * threads) * VEC;
+      if (column >= p.width || first + r >= p.num_tokens) continue;
+      if (row.residual != nullptr) store_vec(row.residual + column, x[r][i]);
+      squares += squares_of(x[r][i]);
+    }
+    squares = warp_sum(squares);
+    if (lane == 0) partial[r][warp] = squares;
+  }
+  __syncthreads();
+  float factor[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    const float squares = warp_sum(lane < warps ? partial[r][lane] : 0.0f);
+    factor[r] = rsqrtf(squares / static_cast<float>(p.width) + p.eps);
   }
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
-    const int column = (static_cast<int>(threadIdx.x) + i * static_cast<int>(blockDim.x)) * VEC;
+    const int column = (thread + i * threads) * VEC;
     if (column >= p.width) continue;
-    if (row.residual != nullptr) store_vec(row.residual + column, x[i]);
-    squares += squares_of(x[i]);
-  }
-  const float factor = rsqrtf(block_sum(squares, partial) / static_cast<float>(p.width) + p.eps);
+    if (!kEarly) weight[i] = load_vec<VEC>(weights + column);
 #pragma unroll
-  for (int i = 0; i < HELD; ++i) {
-    const int column = (static_cast<int>(threadIdx.x) + i * static_cast<int>(blockDim.x)) * VEC;
-    if (column >= p.width) continue;
-    keep_packed(x[i]);
-    write_out(p, row, column, x[i], weight[i], factor);
+    for (int r = 0; r < ROWS; ++r) {
+      if (first + r >= p.num_tokens) continue;
+      keep_packed(x[r][i]);
+      write_out(p, row_of<T>(p, first + r), column, x[r][i], weight[i], factor[r]);
+    }
   }
 }
 
@@ -95,6 +130,7 @@ __global__ void __launch_bounds__(HELD == 4 ? 512 : kMaxThreads) rms_norm_kernel
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_wide_kernel(const RmsNorm p) {
   __shared__ float partial[32];
+  after_previous();
   const Row<T> row = row_of<T>(p, blockIdx.x);
   const int64_t step = blockDim.x * VEC;
   float squares = 0.0f;
@@ -116,32 +152,32 @@ int round_to_warps(int64_t threads) { return static_cast<int>(ceil_div(threads, 
 template <typename T>
 void launch_rms_norm(const RmsNorm& p, const Launch& launch) {
   constexpr int kVec = 16 / sizeof(T);
-  const auto blocks = static_cast<unsigned>(p.num_tokens);
   const bool fits = p.width % kVec == 0 && p.x_token % kVec == 0 && p.out_token % kVec == 0 &&
                     p.residual_token % kVec == 0 && aligned(p.x, 16) && aligned(p.weight, 16) &&
                     aligned(p.out, 16) && (p.residual == nullptr || aligned(p.residual, 16));
   const int64_t accesses = fits ? p.width / kVec : p.width;
   if (!fits || accesses > kMaxAccesses) {
     const int threads = std::min(kMaxThreads, round_to_warps(accesses));
-    if (fits) {
-      rms_norm_wide_kernel<T, kVec><<<blocks, threads, 0, launch.stream>>>(p);
-    } else {
-      rms_norm_wide_kernel<T, 1><<<blocks, threads, 0, launch.stream>>>(p);
-    }
+    start_overlapped(launch, fits ? rms_norm_wide_kernel<T, kVec> : rms_norm_wide_kernel<T, 1>,
+                     p.num_tokens, threads, p);
     return;
   }
   // Few rows: as many threads per row as there are accesses. Many: smaller blocks, several on each
-  // multiprocessor, so that one's sum overlaps with another's loads.
+  // multiprocessor, so that one's sum overlaps with another's loads, and four loads per thread.
   const bool few = p.num_tokens <= 2 * launch.info.num_sms;
-  const int64_t most = few ? kMaxThreads : 512;
+  const bool packed = !few && p.residual == nullptr;
+  const int64_t most = few ? kMaxThreads : packed ? 128 : 512;
   const int held = accesses <= most ? 1 : accesses <= 2 * most ? 2 : 4;
   const int threads = round_to_warps(ceil_div(accesses, held));
-  if (held == 1) {
-    rms_norm_kernel<T, kVec, 1><<<blocks, threads, 0, launch.stream>>>(p);
+  const auto start = [&](auto* kernel, int rows) {
+    start_overlapped(launch, kernel, ceil_div(p.num_tokens, rows), threads, p);
+  };
+  if (held == 4) {
+    start(rms_norm_kernel<T, kVec, 4, 1>, 1);
   } else if (held == 2) {
-    rms_norm_kernel<T, kVec, 2><<<blocks, threads, 0, launch.stream>>>(p);
+    packed ? start(rms_norm_kernel<T, kVec, 2, 2>, 2) : start(rms_norm_kernel<T, kVec, 2, 1>, 1);
   } else {
-    rms_norm_kernel<T, kVec, 4><<<blocks, threads, 0, launch.stream>>>(p);
+    packed ? start(rms_norm_kernel<T, kVec, 1, 4>, 4) : start(rms_norm_kernel<T, kVec, 1, 1>, 1);
   }
 }
 
@@ -155,7 +191,6 @@ void rms_norm(const Tensor& x, const Tensor& weight, const Tensor& out, double e
   dispatch_float(op, p.dtype, [&](auto* type) {
     launch_rms_norm<std::remove_pointer_t<decltype(type)>>(p, launch);
   });
-  launch.check();
 }
 
 // x * sigmoid(x) and its like; float32 values get the accurate exponential.
@@ -186,6 +221,7 @@ struct GatedArgs {
 // A block does HELD accesses per thread of one row.
 template <typename T, int VEC, int HELD, Activation KIND>
 __global__ void __launch_bounds__(512) gated_act_kernel(const __grid_constant__ GatedArgs a) {
+  after_previous();
   const uint32_t token = a.chunks.div(blockIdx.x);
   const int chunk = static_cast<int>(blockIdx.x - token * a.chunks.divisor);
   const int first = chunk * static_cast<int>(blockDim.x) * HELD + static_cast<int>(threadIdx.x);
@@ -206,14 +242,13 @@ __global__ void __launch_bounds__(512) gated_act_kernel(const __grid_constant__ 
   for (int i = 0; i < HELD; ++i) {
     const int access = first + i * static_cast<int>(blockDim.x);
     if (access >= a.accesses) continue;
-    Vec<T, VEC> result;
+    float result[VEC];
 #pragma unroll
     for (int e = 0; e < VEC; ++e) {
-      result.at[e] =
-          from_float<T>(activate<KIND, std::is_same_v<T, float>>(to_float(gate[i].at[e])) *
-                        to_float(up[i].at[e]));
+      result[e] =
+          activate<KIND, std::is_same_v<T, float>>(to_float(gate[i].at[e])) * to_float(up[i].at[e]);
     }
-    store_vec(out + int64_t{access} * VEC, result);
+    store_vec(out + int64_t{access} * VEC, narrow<T, VEC>(result));
   }
 }
 
@@ -234,8 +269,8 @@ void launch_gated_act(const GatedAct& p, const Launch& launch) {
   TPD_CHECK(launch.op, p.num_tokens * chunks < (int64_t{1} << 31), p.num_tokens, " rows x ", chunks,
             " blocks, at most 2^31 - 1");
   a.chunks = FastDiv(chunks);
-  gated_act_kernel<T, VEC, kHeld, KIND>
-      <<<static_cast<unsigned>(p.num_tokens * chunks), threads, 0, launch.stream>>>(a);
+  start_overlapped(launch, gated_act_kernel<T, VEC, kHeld, KIND>, p.num_tokens * chunks, threads,
+                   a);
 }
 
 template <typename T, Activation KIND>
@@ -266,7 +301,6 @@ void gated_act(const Tensor& x, const Tensor& out, const std::string& activation
       case Activation::kGeluTanh: return launch_gated_act_of<T, Activation::kGeluTanh>(p, launch);
     }
   });
-  launch.check();
 }
 
 }  // namespace

@@ -1,15 +1,16 @@
 // rope_write_kv: q/k norm, rotation and KV write in one pass over the merged projection. A group of
-// `lanes` threads takes one head of one token; a thread holds both halves of each pair it rotates,
-// so only the norm crosses lanes.
+// `lanes` threads takes one head of one token, or several at once with one read of cos and sin; a
+// thread holds both halves of each pair it rotates, so only the norm crosses lanes.
 #include <torch/csrc/stable/library.h>
 
 #include "cache.cuh"
+#include "overlap.cuh"
 
 namespace torch_pd {
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kMaxShards = 64;  // params.h allows no more
 
 struct RopeArgs {
@@ -22,8 +23,9 @@ struct RopeArgs {
   int num_heads, head_dim, rope_dim, group;  // group: query heads per KV head
   bool norm_whole;
   float eps, norm_offset;
-  int lanes;
-  FastDiv heads;  // of a row of qkv: num_heads + 2 * num_kv_heads
+  int lanes, lane_bits;  // lanes = 1 << lane_bits
+  int heads;             // of a row of qkv: num_heads + 2 * num_kv_heads
+  FastDiv items;         // per token
   int32_t* flag;
   int start[kMaxShards + 1];  // first KV head of a shard
 };
@@ -46,61 +48,76 @@ __device__ __forceinline__ Head head_of(const RopeArgs& a, int column) {
   return {kValue, first + local - queries - kv_heads};
 }
 
-// VEC consecutive values as float32, in accesses of at most 16 bytes.
-template <int VEC, typename S>
-__device__ __forceinline__ void read_floats(const S* from, float (&to)[VEC]) {
-  constexpr int kStep = VEC * sizeof(S) > 16 ? 16 / sizeof(S) : VEC;
-#pragma unroll
-  for (int i = 0; i < VEC; i += kStep) {
-    const Vec<S, kStep> in = load_vec<kStep>(from + i);
-#pragma unroll
-    for (int e = 0; e < kStep; ++e) to[i + e] = to_float(in.at[e]);
-  }
-}
-
-// One head's share of one thread: PAIRS times two runs of VEC values, [p][0] and [p][1], which are
-// rotated against each other or (behind rope_dim) just neighbours.
-template <typename T, int VEC, int PAIRS>
-struct HeadPart {
-  Vec<T, VEC> raw[PAIRS][2];
-  int column[PAIRS][2];  // head_dim: none
+// A thread's columns: PAIRS times two runs of VEC values, [p][0] and [p][1], which are rotated
+// against each other or (behind rope_dim) just neighbours. head_dim: none.
+template <int PAIRS>
+struct Columns {
+  int at[PAIRS][2];
 };
 
-template <typename T, int VEC, int PAIRS>
-__device__ __forceinline__ HeadPart<T, VEC, PAIRS> read_head(const RopeArgs& a, const T* head,
-                                                             int lane, bool active) {
-  HeadPart<T, VEC, PAIRS> part;
+template <int VEC, int PAIRS>
+__device__ __forceinline__ Columns<PAIRS> columns_of(const RopeArgs& a, int lane) {
+  Columns<PAIRS> columns;
   const int half = a.rope_dim / 2;
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p) {
     const int i = (lane + p * a.lanes) * VEC;
     const bool rotated = i < half;
-    const int column[2] = {rotated ? i : 2 * i, rotated ? half + i : 2 * i + VEC};
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      part.column[p][s] = active && column[s] < a.head_dim ? column[s] : a.head_dim;
-      if (part.column[p][s] < a.head_dim) part.raw[p][s] = load_vec<VEC>(head + column[s]);
-    }
+    columns.at[p][0] = min(rotated ? i : 2 * i, a.head_dim);
+    columns.at[p][1] = min(rotated ? half + i : 2 * i + VEC, a.head_dim);
   }
-  return part;
+  return columns;
 }
 
 template <typename T, int VEC, int PAIRS>
-__device__ __forceinline__ float squares_of(const HeadPart<T, VEC, PAIRS>& part, int head_dim) {
-  float sum = 0.0f;
+struct Part {
+  Vec<T, VEC> at[PAIRS][2];
+};
+
+// One head's (or norm weight's) values of a thread; zeros if not active.
+template <typename T, int VEC, int PAIRS>
+__device__ __forceinline__ void read_part(const RopeArgs& a, const Columns<PAIRS>& columns,
+                                          const T* from, bool active, Part<T, VEC, PAIRS>& part) {
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      if (part.column[p][s] >= head_dim) continue;
-#pragma unroll
-      for (int e = 0; e < VEC; ++e) {
-        const float x = to_float(part.raw[p][s].at[e]);
-        sum += x * x;
-      }
+      const int column = columns.at[p][s];
+      part.at[p][s] = {};
+      if (active && column < a.head_dim) part.at[p][s] = load_vec<VEC>(from + column);
     }
   }
+}
+
+template <typename T, int VEC, int PAIRS>
+__device__ __forceinline__ float squares_of(const Part<T, VEC, PAIRS>& part) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < PAIRS * 2 * VEC; ++i) {
+    const float x = to_float(part.at[i / (2 * VEC)][i / VEC % 2].at[i % VEC]);
+    sum += x * x;
+  }
   return sum;
+}
+
+// cos and sin of one run of pairs: of their first and of their second values.
+template <typename R, int VEC>
+struct Rotation {
+  Vec<R, VEC> cos[2], sin[2];
+};
+
+template <typename R, int VEC>
+__device__ __forceinline__ void read_rotation(const RopeArgs& a, int64_t token, int column,
+                                              Rotation<R, VEC>& rotation) {
+  const int half = a.rope_dim / 2;
+  if (column >= half) return;
+  const R* cos = static_cast<const R*>(a.cos) + token * a.cos_token + column;
+  const R* sin = static_cast<const R*>(a.sin) + token * a.sin_token + column;
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    rotation.cos[s] = load_vec<VEC>(cos + s * half);
+    rotation.sin[s] = load_vec<VEC>(sin + s * half);
+  }
 }
 
 // Where a head goes; `to` null: nowhere (padding, or a slot outside the pool).
@@ -109,15 +126,14 @@ struct Target {
   float* scale;  // of a float8 cache
 };
 
-__device__ __forceinline__ Target target_of(const RopeArgs& a, int64_t token, Head head, int item,
-                                            bool reports) {
+__device__ __forceinline__ Target target_of(const RopeArgs& a, int64_t token, int64_t place,
+                                            Head head, int item, bool reports) {
   if (head.kind == kQuery) {
     return {static_cast<char*>(a.q) + (token * a.q_token + head.index * a.q_head) * item, nullptr};
   }
   const KVCache& c = a.cache;
   const bool is_k = head.kind == kKey;
-  const Slot slot =
-      locate_slot(c, a.slots[token], a.flag, kRopeWriteKV, reports && is_k && head.index == 0);
+  const Slot slot = locate_slot(c, place, a.flag, kRopeWriteKV, reports && is_k && head.index == 0);
   if (slot.page < 0) return {nullptr, nullptr};
   const int64_t at = is_k ? slot.page * c.k_page + slot.token * c.k_token + head.index * c.k_head
                           : slot.page * c.v_page + slot.token * c.v_token + head.index * c.v_head;
@@ -129,101 +145,118 @@ __device__ __forceinline__ Target target_of(const RopeArgs& a, int64_t token, He
   return {static_cast<char*>(is_k ? c.k : c.v) + at, scale};
 }
 
-// Norm, rotation and store of one head. All threads of a warp call it together; `factor` is 1 / rms
-// if the norm spans all heads, else it is found here.
+// Rotates one head and stores it. All threads of a warp call it together. `factor`: 1 / rms.
 template <typename T, typename R, int VEC, int PAIRS>
-__device__ __forceinline__ void finish_head(const RopeArgs& a, int64_t token, Head head, int lane,
-                                            bool active, const HeadPart<T, VEC, PAIRS>& part,
-                                            float factor) {
-  const Target target =
-      active ? target_of(a, token, head, sizeof(T), lane == 0) : Target{nullptr, nullptr};
-  const bool is_value = head.kind == kValue;
-  const T* norm = static_cast<const T*>(head.kind == kQuery ? a.q_norm : a.k_norm);
-  if (a.q_norm != nullptr && !a.norm_whole) {
-    const float squares = warp_sum(squares_of(part, a.head_dim), a.lanes);
-    factor = rsqrtf(squares / static_cast<float>(a.head_dim) + a.eps);
-  } else if (a.norm_whole) {
-    norm += head.index * a.head_dim;
-  }
-  const bool normed = a.q_norm != nullptr && !is_value;
-  const int half = a.rope_dim / 2;
+__device__ __forceinline__ void finish_head(const RopeArgs& a, int64_t token, const Target& target,
+                                            Kind kind, int lane, const Columns<PAIRS>& columns,
+                                            const Part<T, VEC, PAIRS>& part,
+                                            const Part<T, VEC, PAIRS>& weight, float factor,
+                                            Rotation<R, VEC> rotation) {
+  const bool normed = a.q_norm != nullptr && kind != kValue;
   float x[PAIRS][2][VEC];
-  float amax = 0.0f;
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const int column = part.column[p][s];
-      if (column >= a.head_dim) continue;
-#pragma unroll
-      for (int e = 0; e < VEC; ++e) x[p][s][e] = to_float(part.raw[p][s].at[e]);
+      widen(part.at[p][s], x[p][s]);
       if (!normed) continue;
-      float weight[VEC];
-      read_floats<VEC>(norm + column, weight);
-#pragma unroll
-      for (int e = 0; e < VEC; ++e) x[p][s][e] *= factor * (a.norm_offset + weight[e]);
-    }
-    const int column = part.column[p][0];
-    if (!is_value && column < half) {
-      const R* cos = static_cast<const R*>(a.cos) + token * a.cos_token + column;
-      const R* sin = static_cast<const R*>(a.sin) + token * a.sin_token + column;
-      float cos_a[VEC], sin_a[VEC], cos_b[VEC], sin_b[VEC];
-      read_floats<VEC>(cos, cos_a);
-      read_floats<VEC>(sin, sin_a);
-      read_floats<VEC>(cos + half, cos_b);
-      read_floats<VEC>(sin + half, sin_b);
 #pragma unroll
       for (int e = 0; e < VEC; ++e) {
-        const float first = x[p][0][e], second = x[p][1][e];
-        x[p][0][e] = first * cos_a[e] - second * sin_a[e];
-        x[p][1][e] = second * cos_b[e] + first * sin_b[e];
+        x[p][s][e] *= factor * (a.norm_offset + to_float(weight.at[p][s].at[e]));
       }
     }
+    if (kind == kValue || columns.at[p][0] >= a.rope_dim / 2) continue;
+    if (PAIRS > 1) read_rotation(a, token, columns.at[p][0], rotation);
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) {
+      const float first = x[p][0][e], second = x[p][1][e];
+      x[p][0][e] =
+          first * to_float(rotation.cos[0].at[e]) - second * to_float(rotation.sin[0].at[e]);
+      x[p][1][e] =
+          second * to_float(rotation.cos[1].at[e]) + first * to_float(rotation.sin[1].at[e]);
+    }
   }
-  if (a.cache.k_scale != nullptr) {
+  float scale = 1.0f;
+  if (a.cache.k_scale != nullptr && __ballot_sync(0xffffffffu, kind != kQuery) != 0) {
+    float amax[1] = {0.0f};
 #pragma unroll
     for (int i = 0; i < PAIRS * 2 * VEC; ++i) {
-      const int p = i / (2 * VEC), s = i / VEC % 2;
-      if (part.column[p][s] < a.head_dim) amax = fmaxf(amax, fabsf(x[p][s][i % VEC]));
+      amax[0] = fmaxf(amax[0], fabsf(x[i / (2 * VEC)][i / VEC % 2][i % VEC]));
     }
-    amax = warp_max(amax, a.lanes);
+    group_maxima(amax, a.lanes);
+    scale = fp8_scale(amax[0]);
   }
   if (target.to == nullptr) return;
-  const float scale = fp8_scale(amax);
   if (target.scale != nullptr && lane == 0) *target.scale = scale;
+  const Quotient quotient(scale);
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const int column = part.column[p][s];
+      const int column = columns.at[p][s];
       if (column >= a.head_dim) continue;
       if (target.scale != nullptr) {
-        Vec<__nv_fp8_e4m3, VEC> out;
-#pragma unroll
-        for (int e = 0; e < VEC; ++e) out.at[e] = from_float<__nv_fp8_e4m3>(x[p][s][e] / scale);
-        store_vec(static_cast<__nv_fp8_e4m3*>(target.to) + column, out);
+        store_vec(static_cast<__nv_fp8_e4m3*>(target.to) + column, quantize(x[p][s], quotient));
       } else {
-        Vec<T, VEC> out;
-#pragma unroll
-        for (int e = 0; e < VEC; ++e) out.at[e] = from_float<T>(x[p][s][e]);
-        store_vec(static_cast<T*>(target.to) + column, out);
+        store_vec(static_cast<T*>(target.to) + column, narrow<T, VEC>(x[p][s]));
       }
     }
   }
 }
 
-// No norm, or one per head: groups of lanes over all heads of all tokens.
-template <typename T, typename R, int VEC, int PAIRS>
+// No norm, or one per head: a group of lanes takes HEADS neighbouring heads of one token, all
+// loaded before the first is used.
+template <typename T, typename R, int VEC, int PAIRS, int HEADS>
 __global__ void __launch_bounds__(kThreads) rope_kernel(const __grid_constant__ RopeArgs a) {
-  const int lane = threadIdx.x % a.lanes;
-  const uint32_t item =
-      blockIdx.x * (kThreads / a.lanes) + static_cast<uint32_t>(threadIdx.x) / a.lanes;
-  const int64_t token = a.heads.div(item);
+  const int lane = threadIdx.x & (a.lanes - 1);
+  const uint32_t item = (blockIdx.x * kThreads + threadIdx.x) >> a.lane_bits;
+  const int64_t token = a.items.div(item);
+  const int first = static_cast<int>(item - a.items.div(item) * a.items.divisor) * HEADS;
   const bool active = token < a.num_tokens;
-  const int column = static_cast<int>(item - static_cast<uint32_t>(token) * a.heads.divisor);
-  const T* head = static_cast<const T*>(a.qkv) + token * a.qkv_token + int64_t{column} * a.head_dim;
-  const auto part = read_head<T, VEC, PAIRS>(a, head, lane, active);
-  finish_head<T, R, VEC, PAIRS>(a, token, head_of(a, column), lane, active, part, 1.0f);
+  const auto columns = columns_of<VEC, PAIRS>(a, lane);
+  after_previous();
+  const int64_t place = active ? a.slots[token] : -1;
+  const T* row = static_cast<const T*>(a.qkv) + token * a.qkv_token;
+  Part<T, VEC, PAIRS> parts[HEADS], weight;
+#pragma unroll
+  for (int h = 0; h < HEADS; ++h) {
+    read_part(a, columns, row + int64_t{first + h} * a.head_dim, active && first + h < a.heads,
+              parts[h]);
+  }
+  Rotation<R, VEC> rotation;
+  if (PAIRS == 1 && active) read_rotation(a, token, columns.at[0][0], rotation);
+  Head head = head_of(a, first);
+  const auto read_weight = [&] {
+    const void* norm = head.kind == kQuery ? a.q_norm : a.k_norm;
+    read_part(a, columns, static_cast<const T*>(norm), norm != nullptr && head.kind != kValue,
+              weight);
+  };
+  read_weight();
+  float factor[HEADS];
+#pragma unroll
+  for (int h = 0; h < HEADS; ++h) factor[h] = squares_of(parts[h]);
+  if (a.q_norm != nullptr) group_sums(factor, a.lanes);
+#pragma unroll
+  for (int h = 0; h < HEADS; ++h) {
+    factor[h] = rsqrtf(factor[h] / static_cast<float>(a.head_dim) + a.eps);
+    const bool exists = active && first + h < a.heads;
+    if (h > 0 && exists) {
+      const Kind before = head.kind;
+      head = head_of(a, first + h);
+      if (head.kind != before) read_weight();
+    }
+    const Target target =
+        exists ? target_of(a, token, place, head, sizeof(T), lane == 0) : Target{nullptr, nullptr};
+    if (PAIRS == 1) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        keep_packed(parts[h].at[0][i]), keep_packed(weight.at[0][i]);
+        keep_packed(rotation.cos[i]), keep_packed(rotation.sin[i]);
+      }
+    }
+    finish_head<T, R, VEC, PAIRS>(a, token, target, head.kind, lane, columns, parts[h], weight,
+                                  factor[h], rotation);
+  }
 }
 
 // One norm over all q heads and one over all k heads: a block per token, which reads q and k again
@@ -231,29 +264,38 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const __grid_constant__ 
 template <typename T, typename R, int VEC, int PAIRS>
 __global__ void __launch_bounds__(kThreads) rope_whole_kernel(const __grid_constant__ RopeArgs a) {
   __shared__ float partial[2][kThreads / 32];
-  const int lane = threadIdx.x % a.lanes, group = threadIdx.x / a.lanes;
-  const int groups = kThreads / a.lanes, heads = static_cast<int>(a.heads.divisor);
+  const int lane = threadIdx.x & (a.lanes - 1), group = threadIdx.x >> a.lane_bits;
+  const int groups = kThreads >> a.lane_bits;
   const int64_t token = blockIdx.x;
+  const auto columns = columns_of<VEC, PAIRS>(a, lane);
+  after_previous();
   const T* row = static_cast<const T*>(a.qkv) + token * a.qkv_token;
+  const int64_t place = a.slots[token];
+  Part<T, VEC, PAIRS> part, weight;
   float q_squares = 0.0f, k_squares = 0.0f;
-  for (int column = group; column < heads; column += groups) {
+  for (int column = group; column < a.heads; column += groups) {
     const Kind kind = head_of(a, column).kind;
     if (kind == kValue) continue;
-    const float sum = squares_of(
-        read_head<T, VEC, PAIRS>(a, row + int64_t{column} * a.head_dim, lane, true), a.head_dim);
-    (kind == kKey ? k_squares : q_squares) += sum;
+    read_part(a, columns, row + int64_t{column} * a.head_dim, true, part);
+    (kind == kKey ? k_squares : q_squares) += squares_of(part);
   }
   const float q_count = static_cast<float>(a.num_heads * a.head_dim);
   const float k_count = static_cast<float>(a.cache.num_kv_heads * a.head_dim);
   const float q_factor = rsqrtf(block_sum(q_squares, partial[0]) / q_count + a.eps);
   const float k_factor = rsqrtf(block_sum(k_squares, partial[1]) / k_count + a.eps);
-  for (int first = 0; first < heads; first += groups) {  // whole warps stay together
+  Rotation<R, VEC> rotation;
+  if (PAIRS == 1) read_rotation(a, token, columns.at[0][0], rotation);
+  for (int first = 0; first < a.heads; first += groups) {  // whole warps stay together
     const int column = first + group;
-    const bool active = column < heads;
+    const bool active = column < a.heads;
     const Head head = head_of(a, active ? column : 0);
-    const auto part = read_head<T, VEC, PAIRS>(a, row + int64_t{column} * a.head_dim, lane, active);
-    finish_head<T, R, VEC, PAIRS>(a, token, head, lane, active, part,
-                                  head.kind == kKey ? k_factor : q_factor);
+    const T* norm = static_cast<const T*>(head.kind == kQuery ? a.q_norm : a.k_norm);
+    read_part(a, columns, row + int64_t{column} * a.head_dim, active, part);
+    read_part(a, columns, norm + head.index * a.head_dim, active && head.kind != kValue, weight);
+    const Target target =
+        active ? target_of(a, token, place, head, sizeof(T), lane == 0) : Target{nullptr, nullptr};
+    finish_head<T, R, VEC, PAIRS>(a, token, target, head.kind, lane, columns, part, weight,
+                                  head.kind == kKey ? k_factor : q_factor, rotation);
   }
 }
 
@@ -275,20 +317,30 @@ bool fits(const RopeWriteKV& p) {
   return yes;
 }
 
+template <typename T, typename R, int VEC, int PAIRS, int HEADS>
+void launch_heads(RopeArgs& a, const Launch& launch) {
+  const int64_t items = ceil_div(a.heads, HEADS);
+  const int64_t blocks = ceil_div(a.num_tokens * items * a.lanes, kThreads);
+  TPD_CHECK(launch.op, blocks * kThreads < (int64_t{1} << 31), a.num_tokens, " tokens x ", a.heads,
+            " heads, too many threads for one launch");
+  a.items = FastDiv(items);
+  start_overlapped(launch, rope_kernel<T, R, VEC, PAIRS, HEADS>, blocks, kThreads, a);
+}
+
 template <typename T, typename R, int VEC, int PAIRS>
 void launch_kernel(RopeArgs& a, const Launch& launch) {
   a.lanes = lanes_for(ceil_div(a.head_dim, 2 * VEC));
+  while (1 << a.lane_bits < a.lanes) ++a.lane_bits;
+  // With few heads in all every head gets its own lanes.
+  const bool few = a.num_tokens * a.heads * a.lanes <= launch.info.num_sms * int64_t{2048};
   if (a.norm_whole) {
     TPD_CHECK(launch.op, a.num_tokens < (int64_t{1} << 31), a.num_tokens, " tokens are too many");
-    rope_whole_kernel<T, R, VEC, PAIRS>
-        <<<static_cast<unsigned>(a.num_tokens), kThreads, 0, launch.stream>>>(a);
-    return;
+    start_overlapped(launch, rope_whole_kernel<T, R, VEC, PAIRS>, a.num_tokens, kThreads, a);
+  } else if (PAIRS > 1 || few) {
+    launch_heads<T, R, VEC, PAIRS, 1>(a, launch);
+  } else {
+    launch_heads<T, R, VEC, PAIRS, PAIRS == 1 ? 4 : 1>(a, launch);
   }
-  const int64_t per_block = kThreads / a.lanes;
-  const int64_t blocks = ceil_div(a.num_tokens * a.heads.divisor, per_block);
-  TPD_CHECK(launch.op, blocks * per_block < (int64_t{1} << 31), a.num_tokens, " tokens x ",
-            a.heads.divisor, " heads, at most 2^31 - 1");
-  rope_kernel<T, R, VEC, PAIRS><<<static_cast<unsigned>(blocks), kThreads, 0, launch.stream>>>(a);
 }
 
 template <typename T, typename R>
@@ -336,7 +388,9 @@ void rope_write_kv(const Tensor& qkv, const Tensor& q, const Tensor& k_cache, co
              p.eps,
              p.norm_offset,
              1,
-             FastDiv(p.num_heads + 2 * kv_heads),
+             0,
+             static_cast<int>(p.num_heads + 2 * kv_heads),
+             FastDiv(1),
              error_flag(op, launch.device),
              {}};
   for (size_t s = 0; s < p.shard_heads.size(); ++s) {
@@ -350,7 +404,6 @@ void rope_write_kv(const Tensor& qkv, const Tensor& q, const Tensor& k_cache, co
       launch_rope<T, T>(p, a, launch);
     }
   });
-  launch.check();
 }
 
 }  // namespace

@@ -63,13 +63,53 @@ __device__ __forceinline__ void store_vec(T* to, const Vec<T, N>& value) {
   *reinterpret_cast<Vec<T, N>*>(to) = value;
 }
 
+// N float32 values rounded to T; 16-bit and float8 values are made two at a time.
+template <typename T, int N>
+__device__ __forceinline__ Vec<T, N> narrow(const float (&x)[N]) {
+  Vec<T, N> out;
+  if constexpr (std::is_same_v<T, float> || N % 2 != 0) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) out.at[e] = from_float<T>(x[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < N; e += 2) {
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        *reinterpret_cast<__nv_bfloat162*>(&out.at[e]) = __floats2bfloat162_rn(x[e], x[e + 1]);
+      } else if constexpr (std::is_same_v<T, __half>) {
+        *reinterpret_cast<__half2*>(&out.at[e]) = __floats2half2_rn(x[e], x[e + 1]);
+      } else {
+        *reinterpret_cast<__nv_fp8x2_storage_t*>(&out.at[e]) =
+            __nv_cvt_float2_to_fp8x2({x[e], x[e + 1]}, __NV_SATFINITE, __NV_E4M3);
+      }
+    }
+  }
+  return out;
+}
+
+// N values as float32; float8 values two at a time.
+template <typename T, int N>
+__device__ __forceinline__ void widen(const Vec<T, N>& in, float (&x)[N]) {
+  if constexpr (std::is_same_v<T, __nv_fp8_e4m3> && N % 2 == 0) {
+#pragma unroll
+    for (int e = 0; e < N; e += 2) {
+      const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(
+          *reinterpret_cast<const __nv_fp8x2_storage_t*>(&in.at[e]), __NV_E4M3);
+      const float2 both = __half22float2(__half2(pair));
+      x[e] = both.x, x[e + 1] = both.y;
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < N; ++e) x[e] = to_float(in.at[e]);
+  }
+}
+
 // Makes the compiler hold 16-bit values as they came, not as the float32 it has already made of
 // them.
 template <typename T, int N>
 __device__ __forceinline__ void keep_packed(Vec<T, N>& v) {
   uint32_t* words = reinterpret_cast<uint32_t*>(&v);
 #pragma unroll
-  for (size_t i = 0; i < sizeof(v) / 4; ++i) asm volatile("" : "+r"(words[i]));
+  for (int i = 0; i < static_cast<int>(sizeof(v) / 4); ++i) asm volatile("" : "+r"(words[i]));
 }
 
 // Division by a number fixed for a launch (Granlund and Montgomery), for 0 <= x < 2^31.
@@ -95,6 +135,23 @@ __device__ __forceinline__ float warp_max(float x, int lanes = 32) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
   }
   return x;
+}
+
+// Sums over groups of `lanes` (a power of two) neighbouring threads, interleaved.
+template <int N>
+__device__ __forceinline__ void group_sums(float (&x)[N], int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], step);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void group_maxima(float (&x)[N], int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = fmaxf(x[i], __shfl_xor_sync(0xffffffffu, x[i], step));
+  }
 }
 
 // Sum over the block, the same bits in every thread. `partial` has one float per warp; a second
