@@ -155,7 +155,7 @@ TPD_INLINE void each_column(const char* const* rows, int64_t width, const char* 
       } else {
         v[i] = n == kStep ? load(p) : load_n(p, n);
       }
-      if (ahead) __builtin_prefetch(reinterpret_cast<const T*>(ahead[i]) + d, 0, 3);
+      if (ahead) __builtin_prefetch(reinterpret_cast<const T*>(ahead[i]) + d, 0, 2);
     }
     transpose(v);
 #pragma GCC unroll 16
@@ -222,7 +222,7 @@ void few_values_part(const Tile& t, const Tile* ahead, const Work& w, const floa
     if (ahead) {
       const T* next = reinterpret_cast<const T*>(ahead->v[i]) + d;
       for (int j = 0; j < N; j += 64 / (kLanes * sizeof(T))) {  // one per cache line
-        __builtin_prefetch(next + j * kLanes, 0, 3);
+        __builtin_prefetch(next + j * kLanes, 0, 2);
       }
     }
     for (int r = 0; r < R; ++r) {
@@ -252,7 +252,7 @@ void few_values(const AttentionCall& c, const Tile& t, const Tile* ahead, const 
 // Fetches rows of the next tile that have no counterpart in this one.
 void fetch_rows(const char* const* rows, int begin, int end, int64_t bytes) {
   for (int i = begin; i < end; ++i) {
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[i] + b, 0, 3);
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[i] + b, 0, 2);
   }
 }
 
