@@ -125,10 +125,9 @@ struct Heads {
   Heads(int64_t heads, int64_t dim)
       : count(static_cast<int>(heads * dim / VEC)), width(dim / VEC) {}
   __device__ __forceinline__ int head(int i) const { return static_cast<int>(width.div(i)); }
-  // Element that access i starts at, in a tensor whose heads lie `stride` elements apart.
-  __device__ __forceinline__ int64_t at(int i, int64_t stride) const {
-    const int h = head(i);
-    return h * stride + (i - h * static_cast<int>(width.divisor)) * VEC;
+  // Elements between the end of a head and the next, in a tensor with this stride of heads.
+  __device__ __forceinline__ int64_t gap(int64_t stride) const {
+    return stride - static_cast<int64_t>(width.divisor) * VEC;
   }
 };
 
@@ -138,10 +137,12 @@ constexpr int kHeld = 4;
 template <int VEC, typename T>
 __device__ __forceinline__ void read_heads(const Heads<VEC>& heads, const T* from, int64_t stride,
                                            int first, Vec<T, VEC> (&held)[kHeld]) {
+  const int64_t gap = heads.gap(stride);
+  from += first * VEC;
 #pragma unroll
   for (int u = 0; u < kHeld; ++u) {
     const int i = first + 32 * u;
-    if (i < heads.count) held[u] = load_vec<VEC>(from + heads.at(i, stride));
+    if (i < heads.count) held[u] = load_vec<VEC>(from + heads.head(i) * gap + 32 * u * VEC);
   }
 }
 

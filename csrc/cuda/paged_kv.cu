@@ -35,29 +35,37 @@ struct GatherArgs {
   int32_t* flag;
 };
 
-// Writes what read_heads got, times the scale of its head [Hkv] if Src is float8.
-template <typename Src, typename Dst, int VEC>
-__device__ __forceinline__ void put_heads(const Heads<VEC>& heads, Dst* to, int64_t stride,
-                                          int first, const Vec<Src, VEC> (&held)[kHeld],
-                                          const float* scale) {
-  float by[kHeld];
+// The scales of what read_heads got, from those [Hkv] of a token.
+template <int VEC>
+__device__ __forceinline__ void read_scales(const Heads<VEC>& heads, const float* scales, int first,
+                                            float (&held)[kHeld]) {
 #pragma unroll
   for (int u = 0; u < kHeld; ++u) {
     const int i = first + 32 * u;
-    if (scale != nullptr && i < heads.count) by[u] = scale[heads.head(i)];
+    if (i < heads.count) held[u] = scales[heads.head(i)];
   }
+}
+
+// Writes what read_heads got, times its scales if Src is float8.
+template <typename Src, typename Dst, int VEC>
+__device__ __forceinline__ void put_heads(const Heads<VEC>& heads, Dst* to, int64_t stride,
+                                          int first, const Vec<Src, VEC> (&held)[kHeld],
+                                          const float (&scale)[kHeld]) {
+  const int64_t gap = heads.gap(stride);
+  to += first * VEC;
 #pragma unroll
   for (int u = 0; u < kHeld; ++u) {
     const int i = first + 32 * u;
     if (i >= heads.count) continue;
+    Dst* const there = to + heads.head(i) * gap + 32 * u * VEC;
     if constexpr (std::is_same_v<Src, Dst>) {
-      store_vec(to + heads.at(i, stride), held[u]);
+      store_vec(there, held[u]);
     } else {
       float x[VEC];
       widen(held[u], x);
 #pragma unroll
-      for (int e = 0; e < VEC; ++e) x[e] *= by[u];
-      store_vec(to + heads.at(i, stride), narrow<Dst, VEC>(x));
+      for (int e = 0; e < VEC; ++e) x[e] *= scale[u];
+      store_vec(there, narrow<Dst, VEC>(x));
     }
   }
 }
@@ -124,8 +132,13 @@ __global__ void __launch_bounds__(kThreads)
     Vec<Src, VEC> k[kHeld], v[kHeld];
     read_heads(k_heads, k_from, c.k_head, first, k);
     read_heads(v_heads, v_from, c.v_head, first, v);
-    put_heads(k_heads, k_to, a.rows.k_head, first, k, ks);
-    put_heads(v_heads, v_to, a.rows.v_head, first, v, vs);
+    float k_scale[kHeld], v_scale[kHeld];
+    if constexpr (!std::is_same_v<Src, Dst>) {
+      read_scales(k_heads, ks, first, k_scale);
+      read_scales(v_heads, vs, first, v_scale);
+    }
+    put_heads(k_heads, k_to, a.rows.k_head, first, k, k_scale);
+    put_heads(v_heads, v_to, a.rows.v_head, first, v, v_scale);
   }
 }
 

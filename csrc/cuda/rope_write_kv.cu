@@ -25,7 +25,7 @@ struct RopeArgs {
   float eps, norm_offset;
   int lanes, lane_bits;  // lanes = 1 << lane_bits
   int heads;             // of a row of qkv: num_heads + 2 * num_kv_heads
-  FastDiv items;         // per token
+  FastDiv items{1};      // per token
   int32_t* flag;
   int start[kMaxShards + 1];  // first KV head of a shard
 };
@@ -332,7 +332,7 @@ void launch_kernel(RopeArgs& a, const Launch& launch) {
   a.lanes = lanes_for(ceil_div(a.head_dim, 2 * VEC));
   while (1 << a.lane_bits < a.lanes) ++a.lane_bits;
   // With few heads in all every head gets its own lanes.
-  const bool few = a.num_tokens * a.heads * a.lanes <= launch.info.num_sms * int64_t{2048};
+  const bool few = a.num_tokens * a.heads * a.lanes <= launch.info.num_sms * int64_t{512};
   if (a.norm_whole) {
     TPD_CHECK(launch.op, a.num_tokens < (int64_t{1} << 31), a.num_tokens, " tokens are too many");
     start_overlapped(launch, rope_whole_kernel<T, R, VEC, PAIRS>, a.num_tokens, kThreads, a);
@@ -366,33 +366,16 @@ void rope_write_kv(const Tensor& qkv, const Tensor& q, const Tensor& k_cache, co
   if (p.num_tokens == 0) return;
   const Launch launch(op, qkv);
   const int64_t kv_heads = p.cache.num_kv_heads;
-  RopeArgs a{p.cache,
-             p.qkv,
-             p.q,
-             p.slots,
-             p.cos,
-             p.sin,
-             p.q_norm,
-             p.k_norm,
-             p.num_tokens,
-             p.qkv_token,
-             p.q_token,
-             p.q_head,
-             p.cos_token,
-             p.sin_token,
-             static_cast<int>(p.num_heads),
-             static_cast<int>(p.head_dim),
-             static_cast<int>(p.rope_dim),
-             static_cast<int>(p.num_heads / kv_heads),
-             p.norm_whole,
-             p.eps,
-             p.norm_offset,
-             1,
-             0,
-             static_cast<int>(p.num_heads + 2 * kv_heads),
-             FastDiv(1),
-             error_flag(op, launch.device),
-             {}};
+  RopeArgs a{p.cache};
+  a.qkv = p.qkv, a.q = p.q, a.slots = p.slots, a.cos = p.cos, a.sin = p.sin;
+  a.q_norm = p.q_norm, a.k_norm = p.k_norm, a.num_tokens = p.num_tokens;
+  a.qkv_token = p.qkv_token, a.q_token = p.q_token, a.q_head = p.q_head;
+  a.cos_token = p.cos_token, a.sin_token = p.sin_token;
+  a.num_heads = static_cast<int>(p.num_heads), a.head_dim = static_cast<int>(p.head_dim);
+  a.rope_dim = static_cast<int>(p.rope_dim), a.group = static_cast<int>(p.num_heads / kv_heads);
+  a.norm_whole = p.norm_whole, a.eps = p.eps, a.norm_offset = p.norm_offset;
+  a.heads = static_cast<int>(p.num_heads + 2 * kv_heads);
+  a.flag = error_flag(op, launch.device);
   for (size_t s = 0; s < p.shard_heads.size(); ++s) {
     a.start[s + 1] = a.start[s] + static_cast<int>(p.shard_heads[s]);
   }

@@ -22,10 +22,12 @@ struct WriteArgs {
 template <typename Word>
 __device__ __forceinline__ void write_heads(const Heads<1>& heads, Word* to, int64_t stride,
                                             int first, const Vec<Word, 1> (&held)[kHeld]) {
+  const int64_t gap = heads.gap(stride);
+  to += first;
 #pragma unroll
   for (int u = 0; u < kHeld; ++u) {
     const int i = first + 32 * u;
-    if (i < heads.count) store_vec(to + heads.at(i, stride), held[u]);
+    if (i < heads.count) store_vec(to + heads.head(i) * gap + 32 * u, held[u]);
   }
 }
 

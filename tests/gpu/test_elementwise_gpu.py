@@ -130,7 +130,10 @@ def rope_cases(draw):
     shards = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any))
     kv_heads, group = sum(shards), draw(st.sampled_from([1, 3, 8]))
     dim = draw(st.sampled_from([2, 6, 15, 16, 64, 80, 96, 128, 192, 256, 576]))
-    heads, num_tokens = kv_heads * group, draw(st.sampled_from([0, 1, 6, 40]))
+    heads = kv_heads * group
+    # With many tokens a group of threads takes several heads.
+    many = [1500] if (heads + 2 * kv_heads) * dim <= 2560 else []
+    num_tokens = draw(st.sampled_from([0, 1, 6, 40, *many]))
     arguments = {
         "shard_heads": shards if draw(st.booleans()) else None,
         "eps": draw(st.sampled_from([1e-6, 1e-5])),
@@ -152,7 +155,8 @@ def rope_cases(draw):
         arguments["k_norm"] = normal(dim if per_head else kv_heads * dim)
         arguments["norm_offset"] = draw(st.sampled_from([0.0, 1.0]))
     block = draw(st.sampled_from([16, 32]))
-    pool = reference.make_pool(5, 2, block, kv_heads, dim, cache_dtype, generator)
+    pages = 5 if num_tokens < 100 else 100
+    pool = reference.make_pool(pages, 2, block, kv_heads, dim, cache_dtype, generator)
     slots = random_slots(guarded(pool), num_tokens, generator)
     qkv = normal(num_tokens, (heads + 2 * kv_heads) * dim)
     return qkv, heads, kv_heads, pool, slots, draw(st.sampled_from([0, 1, 8])), arguments
