@@ -125,15 +125,8 @@ struct FastDiv {
   }
 };
 
-__device__ __forceinline__ float warp_sum(float x, int lanes = 32) {
-  for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
-
-__device__ __forceinline__ float warp_max(float x, int lanes = 32) {
-  for (int step = lanes / 2; step > 0; step /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
-  }
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
   return x;
 }
 
