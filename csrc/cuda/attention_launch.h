@@ -64,6 +64,20 @@ void allow_shared_once(const Launch& launch, int bytes) {
   done.fetch_or(bit, std::memory_order_relaxed);
 }
 
+// Keeps the split of L1 and shared memory as a kernel with much shared memory left it: changing it
+// would wait until the multiprocessor is empty. Once per device.
+template <auto Kernel>
+void prefer_shared_once(const Launch& launch) {
+  static std::atomic<uint64_t> done{0};
+  const uint64_t bit = uint64_t{1} << launch.device;
+  if (done.load(std::memory_order_relaxed) & bit) return;
+  check_cuda(launch.op,
+             cudaFuncSetAttribute(Kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared),
+             "cudaFuncSetAttribute");
+  done.fetch_or(bit, std::memory_order_relaxed);
+}
+
 // Pieces of one workspace, each at a multiple of 256 bytes.
 class Workspace {
  public:

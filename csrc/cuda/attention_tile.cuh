@@ -31,22 +31,38 @@ __device__ __forceinline__ void load_keys(const AttentionArgs& a, const Sequence
                                           uint32_t values, uint32_t k_scales, uint32_t v_scales,
                                           int lane, bool reports) {
   Page page{a.k, a.v, a.k_scale, a.v_scale, false};
-  if (key < q.len) page = find_page<Traits::FP8>(a, entry, reports && lane == 0);
+  if (key < q.len && key + kTileKeys > q.begin) {
+    page = find_page<Traits::FP8>(a, entry, reports && lane == 0);
+  }
   const int first = page.valid ? max(0, q.begin - key) : kTileKeys;
   const int stop = min(kTileKeys, q.len - key);
   const int in_page = key & ((1 << a.block_shift) - 1);
   const char* k = page.k + in_page * static_cast<int64_t>(a.k_token) + head * a.k_head;
   const char* v = page.v + in_page * static_cast<int64_t>(a.v_token) + head * a.v_head;
   constexpr int kCopies = kTileKeys * Traits::kChunks;
-#pragma unroll
-  for (int i = 0; i < (kCopies + 31) / 32; ++i) {
-    const int c = i * 32 + lane;
-    if (kCopies % 32 != 0 && c >= kCopies) break;
-    const int row = c / Traits::kChunks, column = (c - row * Traits::kChunks) * 16;
-    const bool valid = row >= first && row < stop;
+  if (32 % Traits::kChunks == 0 && first == 0 && stop == kTileKeys) {
+    // Nearly all tiles: a lane stays in its column, without a test a copy.
+    constexpr int kRows = 32 / Traits::kChunks;
+    const int row = lane / Traits::kChunks, column = lane % Traits::kChunks * 16;
     const uint32_t at = row * Traits::kPitch + column;
-    ptx::cp_async16(keys + at, valid ? k + row * a.k_token + column : a.k, valid);
-    ptx::cp_async16(values + at, valid ? v + row * a.v_token + column : a.v, valid);
+    const char *k_row = k + row * a.k_token + column, *v_row = v + row * a.v_token + column;
+#pragma unroll
+    for (int i = 0; i < kTileKeys; i += kRows) {
+      ptx::cp_async16(keys + at + i * Traits::kPitch, k_row, true);
+      ptx::cp_async16(values + at + i * Traits::kPitch, v_row, true);
+      k_row += kRows * a.k_token, v_row += kRows * a.v_token;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < (kCopies + 31) / 32; ++i) {
+      const int c = i * 32 + lane;
+      if (kCopies % 32 != 0 && c >= kCopies) break;
+      const int row = c / Traits::kChunks, column = (c - row * Traits::kChunks) * 16;
+      const bool valid = row >= first && row < stop;
+      const uint32_t at = row * Traits::kPitch + column;
+      ptx::cp_async16(keys + at, valid ? k + row * a.k_token + column : a.k, valid);
+      ptx::cp_async16(values + at, valid ? v + row * a.v_token + column : a.v, valid);
+    }
   }
   if constexpr (Traits::FP8) {
     const int row = lane % 16;
@@ -147,47 +163,50 @@ struct RowTile {
 
   int lane;
   QueryRows<Traits> query;
-  float m[2], l[2];   // rows g, g + 8: maximum; this thread's share of the sum
-  float o[D / 8][4];  // C fragments
-  float v_unit;       // FP8: o is in units of this scale
+  float m[2], l[2];         // rows g, g + 8: maximum; this thread's share of the sum
+  float o[D / 8][4];        // C fragments
+  float v_unit, v_inverse;  // FP8: o is in units of this scale; 1 / v_unit
 
   __device__ __forceinline__ void begin(const AttentionArgs& a, const Sequence& q, int head,
                                         int first_row) {
     query.load(a, q, head, first_row, lane);
     m[0] = m[1] = -INFINITY;
     l[0] = l[1] = 0.0f;
-    v_unit = 0.0f;
+    v_unit = v_inverse = 0.0f;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
   }
 
-  // s[n] = C fragment of keys 8 n .. 8 n + 7.
-  __device__ __forceinline__ void compute_scores(uint32_t keys, float (&s)[2][4]) const {
+  // s[n] = C fragment of keys 8 n .. 8 n + 7 of TILES tiles; their rows follow each other.
+  template <int TILES>
+  __device__ __forceinline__ void compute_scores(uint32_t keys, float (&s)[2 * TILES][4]) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[0][i] = s[1][i] = 0.0f;
+    for (int n = 0; n < 2 * TILES; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
     // Rows of the four matrices: keys 0-7, 0-7, 8-15, 8-15; columns: first, second 16 bytes.
     const uint32_t at = keys + (lane % 8 + lane / 16 * 8) * Traits::kPitch + lane / 8 % 2 * 16;
-    if constexpr (!Traits::FP8) {
+    // float8: 16 bytes are 16 columns, one mma step; a thread gets 4 neighbouring ones.
+    constexpr int kSteps = Traits::FP8 ? D / 32 : D / 16;
 #pragma unroll
-      for (int k = 0; k < D / 16; ++k) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4(b, at + k * 32);
-        ptx::mma<Mma>(s[0], query.a[k], b[0], b[1]);
-        ptx::mma<Mma>(s[1], query.a[k], b[2], b[3]);
-      }
-    } else {
-      // 16 bytes are 16 columns here, one mma step; a thread gets 4 neighbouring ones.
+    for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
-      for (int k = 0; k < D / 32; ++k) {
+      for (int t = 0; t < TILES; ++t) {
         uint32_t b[4];
-        ptx::ldmatrix_x4(b, at + k * 32);
-        step_fp8(s[0], 2 * k, b[0]), step_fp8(s[0], 2 * k + 1, b[1]);
-        step_fp8(s[1], 2 * k, b[2]), step_fp8(s[1], 2 * k + 1, b[3]);
+        ptx::ldmatrix_x4(b, at + t * Traits::kTileBytes + k * 32);
+        if constexpr (!Traits::FP8) {
+          ptx::mma<Mma>(s[2 * t], query.a[k], b[0], b[1]);
+          ptx::mma<Mma>(s[2 * t + 1], query.a[k], b[2], b[3]);
+        } else {
+          step_fp8(s[2 * t], 2 * k, b[0]), step_fp8(s[2 * t + 1], 2 * k, b[2]);
+          step_fp8(s[2 * t], 2 * k + 1, b[1]), step_fp8(s[2 * t + 1], 2 * k + 1, b[3]);
+        }
       }
-      if constexpr (D % 32 != 0) {  // the second 16 bytes are padding
+    }
+    if constexpr (Traits::FP8 && D % 32 != 0) {  // the second 16 bytes are padding
+#pragma unroll
+      for (int t = 0; t < TILES; ++t) {
         uint32_t b[4];
-        ptx::ldmatrix_x4(b, at + D / 32 * 32);
-        step_fp8(s[0], D / 16 - 1, b[0]), step_fp8(s[1], D / 16 - 1, b[2]);
+        ptx::ldmatrix_x4(b, at + t * Traits::kTileBytes + D / 32 * 32);
+        step_fp8(s[2 * t], D / 16 - 1, b[0]), step_fp8(s[2 * t + 1], D / 16 - 1, b[2]);
       }
     }
   }
@@ -232,16 +251,18 @@ struct RowTile {
                   ptx::e4m3_to_half2(static_cast<uint16_t>(y2 >> 16)));
   }
 
-  // Adds 16 keys from position `key` on: K and V at shared addresses `keys`, `values`.
+  // Adds TILES tiles of keys from position `key` on: K and V at shared addresses `keys`, `values`.
+  template <int TILES = 1>
   __device__ __forceinline__ void add_keys(const AttentionArgs& a, int32_t key, uint32_t keys,
                                            uint32_t values, const float* k_scales,
                                            const float* v_scales) {
-    float s[2][4];
-    compute_scores(keys, s);
-    float v_scale[2][2] = {{1.0f, 1.0f}, {1.0f, 1.0f}};
+    constexpr int N = 2 * TILES;
+    float s[N][4];
+    compute_scores<TILES>(keys, s);
+    float v_scale[N][2];
     if constexpr (Traits::FP8) {
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < N; ++n) {
         const float2 k2 = *reinterpret_cast<const float2*>(k_scales + n * 8 + lane % 4 * 2);
         const float2 v2 = *reinterpret_cast<const float2*>(v_scales + n * 8 + lane % 4 * 2);
         s[n][0] *= k2.x * query.scale[0], s[n][1] *= k2.y * query.scale[0];
@@ -250,16 +271,16 @@ struct RowTile {
       }
       set_v_unit(v_scale);
     }
-    const bool masked = key + kTileKeys - 1 > query.min_last || key < query.max_first;
+    const bool masked = key + TILES * kTileKeys - 1 > query.min_last || key < query.max_first;
     if (a.cap_log2 == 0.0f) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) s[i / 4][i % 4] *= a.scale_log2;
+      for (int i = 0; i < 4 * N; ++i) s[i / 4][i % 4] *= a.scale_log2;
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) s[i / 4][i % 4] = capped_logit(a, s[i / 4][i % 4]);
+      for (int i = 0; i < 4 * N; ++i) s[i / 4][i % 4] = capped_logit(a, s[i / 4][i % 4]);
     }
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < N; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (masked) {
@@ -271,14 +292,15 @@ struct RowTile {
     float alpha[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float tile_max = ptx::quad_max(
-          fmaxf(fmaxf(s[0][2 * h], s[0][2 * h + 1]), fmaxf(s[1][2 * h], s[1][2 * h + 1])));
-      const float top = fmaxf(m[h], tile_max), base = finite_base(top);
+      float most = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
+#pragma unroll
+      for (int n = 1; n < N; ++n) most = fmaxf(most, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+      const float top = fmaxf(m[h], ptx::quad_max(most)), base = finite_base(top);
       alpha[h] = ptx::exp2_approx(m[h] - base);
       m[h] = top;
       float sum = 0.0f;
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < N; ++n) {
 #pragma unroll
         for (int i = 2 * h; i < 2 * h + 2; ++i) {
           s[n][i] = ptx::exp2_approx(s[n][i] - base);
@@ -295,15 +317,22 @@ struct RowTile {
         o[j][0] *= alpha[0], o[j][1] *= alpha[0], o[j][2] *= alpha[1], o[j][3] *= alpha[1];
       }
     }
-    const uint32_t p[4] = {ptx::pack2<Mma>(s[0][0], s[0][1]), ptx::pack2<Mma>(s[0][2], s[0][3]),
-                           ptx::pack2<Mma>(s[1][0], s[1][1]), ptx::pack2<Mma>(s[1][2], s[1][3])};
-    add_values(values, p);
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+      const float (&x)[4] = s[2 * t], (&y)[4] = s[2 * t + 1];
+      const uint32_t p[4] = {ptx::pack2<Mma>(x[0], x[1]), ptx::pack2<Mma>(x[2], x[3]),
+                             ptx::pack2<Mma>(y[0], y[1]), ptx::pack2<Mma>(y[2], y[3])};
+      add_values(values + t * Traits::kTileBytes, p);
+    }
   }
 
   // FP8: p * v_scale goes through float16, so it is taken relative to a unit near the largest scale
   // seen. Divides `v_scale` by the unit, raising the unit first (rare) if the scales outgrew it.
-  __device__ __forceinline__ void set_v_unit(float (&v_scale)[2][2]) {
-    float top = fmaxf(fmaxf(v_scale[0][0], v_scale[0][1]), fmaxf(v_scale[1][0], v_scale[1][1]));
+  template <int N>
+  __device__ __forceinline__ void set_v_unit(float (&v_scale)[N][2]) {
+    float top = 0.0f;
+#pragma unroll
+    for (int n = 0; n < N; ++n) top = fmaxf(top, fmaxf(v_scale[n][0], v_scale[n][1]));
     top = ptx::quad_max(top);
     if (top > v_unit * 256.0f) {
       // A power of two, so that dividing by it is exact.
@@ -314,11 +343,10 @@ struct RowTile {
 #pragma unroll
         for (int i = 0; i < 4; ++i) o[j][i] *= shrink;
       }
-      v_unit = unit;
+      v_unit = unit, v_inverse = unit > 0.0f ? 1.0f / unit : 0.0f;
     }
-    const float inverse = v_unit > 0.0f ? 1.0f / v_unit : 0.0f;
 #pragma unroll
-    for (int n = 0; n < 2; ++n) v_scale[n][0] *= inverse, v_scale[n][1] *= inverse;
+    for (int n = 0; n < N; ++n) v_scale[n][0] *= v_inverse, v_scale[n][1] *= v_inverse;
   }
 
   // Calls store(column, x, y) with all of this thread's columns, in pairs, of row g + 8 h.
