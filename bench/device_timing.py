@@ -61,7 +61,7 @@ class Row:
     graph: float | None = None
     """Microseconds in graph replay."""
     others: dict[str, float] = field(default_factory=dict)
-    """Microseconds of other implementations of the same call."""
+    """Microseconds of other implementations of the same call; "... graph": in graph replay."""
 
     def rate(self, us: float) -> str:
         if self.flops:
@@ -76,7 +76,8 @@ class Row:
         if self.graph is not None:
             text += f"  graph {self.graph:8.1f} us {self.rate(self.graph)}"
         for name, us in self.others.items():
-            text += f"  | {name} {us:.1f} us, {us / self.us:.2f}x"
+            ours = self.graph if name.endswith("graph") and self.graph else self.us
+            text += f"  | {name} {us:.1f} us, {us / ours:.2f}x"
         return text
 
     def record(self) -> dict:

@@ -4,7 +4,8 @@
 
 The work: prompts of 20 to 120 words, a fixed number of output tokens, greedy. The engine's tokens
 are compared with transformers'. Prints tokens/s, the ratio to transformers' padded float32
-generate (best of several rounds in turn), and the share of the measured GEMM peak that the work's FLOPs amount to.
+generate (best of several rounds in turn), and the share of the measured GEMM peak that the work's
+FLOPs amount to.
 """
 
 import argparse
@@ -153,7 +154,7 @@ def main() -> None:
         engines["transformers generate_batch, float32"] = lambda: run_generate_batch(*work)
     engines["torch_pd, float32"] = lambda: run_torch_pd(*work, "float32")
     engines["torch_pd, bfloat16"] = lambda: run_torch_pd(*work, "bfloat16")
-    # In turn, since a shared machine is not equally fast all the time; the best time of each counts.
+    # In turn, since a shared machine is not equally fast all the time; the best of each counts.
     times: dict[str, list[float]] = {name: [] for name in engines}
     tokens: dict[str, list[list[int]]] = {}
     for _ in range(args.rounds):
