@@ -33,8 +33,8 @@ struct Places {
   int64_t count = 0;
 };
 
-inline KVCache make_cache(const char* op, const Tensor& k, const Tensor& v, const OptTensor& k_scale,
-                          const OptTensor& v_scale) {
+inline KVCache make_cache(const char* op, const Tensor& k, const Tensor& v,
+                          const OptTensor& k_scale, const OptTensor& v_scale) {
   check_dim(op, "k_cache", k, 4);
   check_dim(op, "v_cache", v, 4);
   check_last_contiguous(op, "k_cache", k);
@@ -49,13 +49,14 @@ inline KVCache make_cache(const char* op, const Tensor& k, const Tensor& v, cons
             "block_size must be 16, 32 or 64, got ", block_size);
   TPD_CHECK(op, k.size(0) <= kPageIndexMask, "at most ", kPageIndexMask, " pages, got ", k.size(0));
   TPD_CHECK(op, k.size(2) > 0 && k.size(3) > 0 && v.size(3) > 0, "empty cache ", shape_name(k));
-  KVCache c{k.data_ptr(), v.data_ptr(), k.scalar_type(), k.size(0), block_size, k.size(2),
-            k.size(3),    v.size(3),    k.stride(0),     k.stride(1), k.stride(2), v.stride(0),
-            v.stride(1),  v.stride(2)};
+  KVCache c{k.data_ptr(), v.data_ptr(), k.scalar_type(), k.size(0),   block_size,
+            k.size(2),    k.size(3),    v.size(3),       k.stride(0), k.stride(1),
+            k.stride(2),  v.stride(0),  v.stride(1),     v.stride(2)};
   const bool fp8 = c.dtype == ScalarType::Float8_e4m3fn;
   if (!fp8) check_float(op, "k_cache", k);
-  TPD_CHECK(op, k_scale.has_value() == fp8 && v_scale.has_value() == fp8, "k_scale and v_scale are ",
-            fp8 ? "required" : "not allowed", " for a ", dtype_name(c.dtype), " cache");
+  TPD_CHECK(op, k_scale.has_value() == fp8 && v_scale.has_value() == fp8,
+            "k_scale and v_scale are ", fp8 ? "required" : "not allowed", " for a ",
+            dtype_name(c.dtype), " cache");
   if (fp8) {
     for (const auto& [name, s] : {std::pair<const char*, const Tensor&>{"k_scale", *k_scale},
                                   std::pair<const char*, const Tensor&>{"v_scale", *v_scale}}) {
@@ -79,8 +80,8 @@ inline Places make_places(const char* op, const OptTensor& places, const Tensor&
   check_index(op, "places", *places, ScalarType::Long, 2, "k_cache", k_cache);
   check_contiguous(op, "places", *places);
   check_size(op, "places", *places, 1, 2);
-  TPD_CHECK(op, places->size(0) >= 1 && places->size(0) <= 8,
-            "places must have 1 to 8 rows, got ", places->size(0));
+  TPD_CHECK(op, places->size(0) >= 1 && places->size(0) <= 8, "places must have 1 to 8 rows, got ",
+            places->size(0));
   return {static_cast<const int64_t*>(places->data_ptr()), places->size(0)};
 }
 
@@ -186,7 +187,7 @@ struct CopyPages {
   const char* src;
   char* dst;
   int64_t src_pages, dst_pages, src_stride, dst_stride, page_bytes;  // strides in bytes
-  const int64_t* moves;  // [num_moves, 2]
+  const int64_t* moves;                                              // [num_moves, 2]
   int64_t num_moves;
 };
 
@@ -565,17 +566,10 @@ inline Linear make_linear(const char* op, const Tensor& x, const Tensor& weight,
     check_size(op, "bias", *bias, 0, weight.size(0));
     check_like("bias", *bias);
   }
-  return {x.data_ptr(),
-          weight.data_ptr(),
-          bias ? bias->data_ptr() : nullptr,
-          out.data_ptr(),
-          x.scalar_type(),
-          x.size(0),
-          x.size(1),
-          weight.size(0),
-          x.stride(0),
-          weight.stride(0),
-          out.stride(0)};
+  return {x.data_ptr(),     weight.data_ptr(), bias ? bias->data_ptr() : nullptr,
+          out.data_ptr(),   x.scalar_type(),   x.size(0),
+          x.size(1),        weight.size(0),    x.stride(0),
+          weight.stride(0), out.stride(0)};
 }
 
 }  // namespace torch_pd

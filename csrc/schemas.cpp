@@ -50,8 +50,7 @@ STABLE_TORCH_LIBRARY(torch_pd, m) {
       "Tensor(b!)? residual=None, float scale=1.0, float offset=0.0) -> ()");
   // x [T, 2 * W] gate and up, in blocks of shards if shard_widths is given: gate0 up0 gate1 up1
   // ...; out [T, W] = act(gate) * up. activation: "silu", "gelu", "gelu_tanh".
-  m.def(
-      "gated_act(Tensor x, Tensor(a!) out, str activation, *, int[]? shard_widths=None) -> ()");
+  m.def("gated_act(Tensor x, Tensor(a!) out, str activation, *, int[]? shard_widths=None) -> ()");
   // out [M, N] = x [M, K] weight [N, K]^T + bias [N]. A row of out depends on its row of x alone,
   // bit for bit, whatever M is. CPU only: on CUDA linears are cuBLAS.
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
@@ -59,14 +58,13 @@ STABLE_TORCH_LIBRARY(torch_pd, m) {
   // int32 [E, 3] rows (row of logits or -1: none, token, its count in the output or -1: no
   // penalties), no (row, token) twice; bias float32 [E]; penalties float32 [n, 3] (repetition,
   // frequency, presence).
-  m.def(
-      "adjust_logits(Tensor(a!) logits, Tensor entries, Tensor bias, Tensor penalties) -> ()");
+  m.def("adjust_logits(Tensor(a!) logits, Tensor entries, Tensor bias, Tensor penalties) -> ()");
   // CUDA only. tokens int64 [n] output, -1 for a row with NaN or infinity or nothing but -infinity;
   // settings float64 [n, 3] (temperature, top_p, min_p); keys int64 [n, 4] (top_k, seed, index,
   // position). Without them every row takes its best token.
-  m.def(
-      "sample(Tensor logits, Tensor(a!) tokens, Tensor? settings=None, Tensor? keys=None) -> ()");
-  // The error flag of the device of `like`, int32 [4] there: {number of dropped accesses, op | error
+  m.def("sample(Tensor logits, Tensor(a!) tokens, Tensor? settings=None, Tensor? keys=None) -> ()");
+  // The error flag of the device of `like`, int32 [4] there: {number of dropped accesses, op |
+  // error
   // << 8, value low, value high} of the first one (csrc/cuda/common.cuh). CPU: zeros, since the CPU
   // bodies raise at once.
   m.def("device_errors(Tensor like, bool reset) -> Tensor");

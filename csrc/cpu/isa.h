@@ -17,22 +17,32 @@ Isa isa();  // detected once
 const char* isa_name();
 
 #if defined(__x86_64__)
-#define TPD_ISA(ret, name, args)                                            \
-  namespace base { ret name args; }                                         \
-  namespace avx2 { ret name args; }                                         \
-  namespace avx512 { ret name args; }                                       \
-  namespace avx512bf16 { ret name args; }                                   \
-  inline auto name##_fn() {                                                 \
-    switch (isa()) {                                                        \
-      case Isa::kAvx512Bf16: return &avx512bf16::name;                      \
-      case Isa::kAvx512: return &avx512::name;                              \
-      case Isa::kAvx2: return &avx2::name;                                  \
-      default: return &base::name;                                          \
-    }                                                                       \
+#define TPD_ISA(ret, name, args)                       \
+  namespace base {                                     \
+  ret name args;                                       \
+  }                                                    \
+  namespace avx2 {                                     \
+  ret name args;                                       \
+  }                                                    \
+  namespace avx512 {                                   \
+  ret name args;                                       \
+  }                                                    \
+  namespace avx512bf16 {                               \
+  ret name args;                                       \
+  }                                                    \
+  inline auto name##_fn() {                            \
+    switch (isa()) {                                   \
+      case Isa::kAvx512Bf16: return &avx512bf16::name; \
+      case Isa::kAvx512: return &avx512::name;         \
+      case Isa::kAvx2: return &avx2::name;             \
+      default: return &base::name;                     \
+    }                                                  \
   }
 #else
-#define TPD_ISA(ret, name, args)    \
-  namespace base { ret name args; } \
+#define TPD_ISA(ret, name, args) \
+  namespace base {               \
+  ret name args;                 \
+  }                              \
   inline auto name##_fn() { return &base::name; }
 #endif
 

@@ -67,8 +67,8 @@ class Launch {
     TPD_CHECK(op, current_stream != nullptr,
               "this torch has no CUDA: install a CUDA build of torch");
     void* current = nullptr;
-    TPD_CHECK(op, current_stream(device, &current) == 0, "torch gave no current stream for cuda:",
-              device);
+    TPD_CHECK(op, current_stream(device, &current) == 0,
+              "torch gave no current stream for cuda:", device);
     stream = static_cast<cudaStream_t>(current);
   }
 

@@ -71,7 +71,7 @@ __device__ __forceinline__ void hold(float (&d)[N]) {
                : TPD_D##R(0)                                                                      \
                : "r"(static_cast<int>(accumulate)), "l"(a), "l"(b))
 // A from registers, B from shared memory across its rows; D is added to.
-#define TPD_WGMMA_RS(N, R, TYPE)                                                               \
+#define TPD_WGMMA_RS(N, R, TYPE) \
   asm volatile(                                                                                \
       "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                               \
       "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" TPD_NAMES##R        \

@@ -144,8 +144,7 @@ void panels(const LinearRows& p, const Split& s, int64_t n, int count) {
   const int64_t depth = (p.in / parts / 16 + 1) * 16;
   // Rows that lie a multiple of 4 KiB apart would share one set of L1, and with several panels the
   // copy pays for itself: measured 250 instead of 175 GFLOP/s at 512 rows.
-  const bool copy =
-      !kIsFloat || count < kTile || p.weight_row % 1024 == 0 || s.wide + s.half >= 4;
+  const bool copy = !kIsFloat || count < kTile || p.weight_row % 1024 == 0 || s.wide + s.half >= 4;
   alignas(64) float sums[kMaxPanels + 1][kTile * kPanel];
   alignas(64) float copied[kTile * (kDepth + 16)];
   for (int64_t k0 = 0; k0 == 0 || k0 < p.in; k0 += depth) {  // once at least: sums of nothing are 0
