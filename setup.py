@@ -1,4 +1,4 @@
-"""Builds libtorch_pd (and libtorch_pd_cuda) with CMake + ninja and puts them into torch_pd/.
+"""Builds libtorch_pd, _runtime (and libtorch_pd_cuda) with CMake + ninja and puts them into torch_pd/.
 
 Build-time settings (environment, never read at run time):
   TORCH_PD_CUDA       AUTO (default: when the installed torch is a CUDA build and nvcc is found),
@@ -9,6 +9,8 @@ Build-time settings (environment, never read at run time):
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CUDA_MODULE = "torch_pd.libtorch_pd_cuda"
+RUNTIME_MODULE = "torch_pd._runtime"
 
 
 def want_cuda(torch) -> bool:
@@ -46,16 +49,19 @@ class CMakeBuild(build_ext):
         super().finalize_options()
 
     def get_ext_filename(self, name):
-        return f"{name.replace('.', '/')}.so"
+        # The runtime module is for one Python; the libraries of ops are for all.
+        suffix = sysconfig.get_config_var("EXT_SUFFIX") if name.endswith("_runtime") else ".so"
+        return name.replace(".", "/") + suffix
 
     def run(self):
         if not any(shutil.which(tool) for tool in ("cmake",)):
             raise SystemExit("cmake not found: pip install cmake ninja")
-        cuda = len(self.extensions) > 1
+        cuda = any(extension.name == CUDA_MODULE for extension in self.extensions)
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         args = [
             f"-DTORCH_PD_TORCH_DIR={Path(self.torch.__file__).parent}",
+            f"-DTORCH_PD_PYTHON={sys.executable}",
             f"-DTORCH_PD_CUDA={'ON' if cuda else 'OFF'}",
             f"-DTORCH_PD_CUDA_ARCH={os.environ.get('TORCH_PD_CUDA_ARCH', '90a')}",
         ]
@@ -70,7 +76,7 @@ class CMakeBuild(build_ext):
         super().run()
 
     def build_extension(self, ext):
-        built = self.cmake_dir / f"{ext.name.split('.')[-1]}.so"
+        built = self.cmake_dir / Path(self.get_ext_filename(ext.name)).name
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # A new inode: a process that has the old library mapped keeps it.
@@ -79,6 +85,9 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("torch_pd.libtorch_pd", sources=[])],
+    ext_modules=[
+        Extension("torch_pd.libtorch_pd", sources=[]),
+        Extension(RUNTIME_MODULE, sources=[]),
+    ],
     cmdclass={"build_ext": CMakeBuild},
 )

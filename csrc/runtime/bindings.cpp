@@ -1,0 +1,12 @@
+// torch_pd._runtime: stateful objects with threads, streams or handles, for Python. Addresses and
+// streams travel as integers; no torch headers. Each part has one file and one bind_... function.
+#include "runtime/bindings.h"
+
+PYBIND11_MODULE(_runtime, m) {
+  m.doc() = "Stateful parts of torch_pd in C++.";
+#ifdef TORCH_PD_RUNTIME_CUDA
+  m.attr("HAS_CUDA") = true;
+#else
+  m.attr("HAS_CUDA") = false;
+#endif
+}
