@@ -238,6 +238,8 @@ struct RopeWriteKV {
   bool norm_whole = false;                          // one norm over all heads, else one per head
   float eps, norm_offset;
   std::vector<int64_t> shard_heads;  // KV heads of each shard; sums to num_kv_heads
+  // Shards behind each other: shard s is [T, its heads * head_dim], else columns of one row.
+  bool blocked = false;
 };
 
 inline RopeWriteKV make_rope_write_kv(const char* op, const Tensor& qkv, const Tensor& q,
@@ -246,7 +248,8 @@ inline RopeWriteKV make_rope_write_kv(const char* op, const Tensor& qkv, const T
                                       const OptTensor& sin, const OptTensor& q_norm,
                                       const OptTensor& k_norm, double eps, double norm_offset,
                                       const std::optional<std::vector<int64_t>>& shard_heads,
-                                      const OptTensor& k_scale, const OptTensor& v_scale) {
+                                      bool blocked, const OptTensor& k_scale,
+                                      const OptTensor& v_scale) {
   RopeWriteKV p{make_cache(op, k_cache, v_cache, k_scale, v_scale)};
   const int64_t kv_heads = p.cache.num_kv_heads;
   check_dim(op, "qkv", qkv, 2);
@@ -321,6 +324,9 @@ inline RopeWriteKV make_rope_write_kv(const char* op, const Tensor& qkv, const T
   TPD_CHECK(op, sum == kv_heads && p.shard_heads.size() <= 64, "shard_heads has ",
             p.shard_heads.size(), " shards that sum to ", sum, ", the cache has ", kv_heads,
             " KV heads (at most 64 shards)");
+  TPD_CHECK(op, !blocked || shard_heads, "blocked needs shard_heads");
+  if (blocked) check_contiguous(op, "qkv", qkv);
+  p.blocked = blocked;
   return p;
 }
 
@@ -533,6 +539,56 @@ inline GatedAct make_gated_act(const char* op, const Tensor& x, const Tensor& ou
   TPD_CHECK(op, sum == p.width && p.shard_widths.size() <= 64, "shard_widths has ",
             p.shard_widths.size(), " shards that sum to ", sum, ", out is ", p.width,
             " wide (at most 64 shards)");
+  return p;
+}
+
+// Columns of one matrix and the same columns as contiguous blocks [rows, widths[s]] behind each
+// other, one a shard.
+struct Shards {
+  void *matrix, *blocks;                  // the one that is read is const to its caller
+  int64_t rows, width, row_stride, item;  // elements; bytes of one
+  std::vector<int64_t> widths;            // of each block, in elements
+};
+
+inline Shards make_shards(const char* op, const char* name, const Tensor& matrix,
+                          const char* blocks_name, const Tensor& blocks,
+                          const std::vector<int64_t>& widths) {
+  check_dim(op, name, matrix, 2);
+  check_last_contiguous(op, name, matrix);
+  check_dim(op, blocks_name, blocks, 1);
+  check_contiguous(op, blocks_name, blocks);
+  check_float(op, name, matrix);
+  check_same_dtype(op, blocks_name, blocks, name, matrix);
+  check_same_device(op, blocks_name, blocks, name, matrix);
+  check_size(op, blocks_name, blocks, 0, matrix.size(0) * matrix.size(1));
+  int64_t sum = 0;
+  for (int64_t width : widths) {
+    TPD_CHECK(op, width >= 0, "widths must not be negative, got ", width);
+    sum += width;
+  }
+  TPD_CHECK(op, sum == matrix.size(1) && widths.size() <= 64, "widths has ", widths.size(),
+            " shards that sum to ", sum, ", ", name, " is ", matrix.size(1),
+            " wide (at most 64 shards)");
+  return {matrix.data_ptr(),
+          blocks.data_ptr(),
+          matrix.size(0),
+          matrix.size(1),
+          matrix.stride(0),
+          static_cast<int64_t>(matrix.element_size()),
+          widths};
+}
+
+inline Shards make_pack_shards(const Tensor& x, const Tensor& out,
+                               const std::vector<int64_t>& widths) {
+  const Shards p = make_shards("pack_shards", "x", x, "out", out, widths);
+  check_output("pack_shards", "out", out);
+  return p;
+}
+
+inline Shards make_unpack_shards(const Tensor& x, const Tensor& out,
+                                 const std::vector<int64_t>& widths) {
+  const Shards p = make_shards("unpack_shards", "out", out, "x", x, widths);
+  check_output("unpack_shards", "out", out);
   return p;
 }
 

@@ -23,14 +23,15 @@ STABLE_TORCH_LIBRARY(torch_pd, m) {
   // [M, 2] rows (src page, dst page).
   m.def("copy_pages(Tensor src, Tensor(a!) dst, Tensor moves) -> ()");
   // qkv [T, (H + 2 Hkv) * D], merged rows, in blocks of shards if shard_heads (KV heads per
-  // shard) is given: q0 k0 v0 q1 k1 v1 ...; q [T, H, D] output; cos, sin [T, R], R <= D even;
+  // shard) is given: q0 k0 v0 q1 k1 v1 ...; blocked: the columns of each shard are a contiguous
+  // block [T, columns], one behind the other; q [T, H, D] output; cos, sin [T, R], R <= D even;
   // q_norm, k_norm [D] (each head) or [H * D], [Hkv * D] (all heads at once); weight used is
   // norm_offset + norm.
   m.def(
       "rope_write_kv(Tensor qkv, Tensor(a!) q, Tensor(b!) k_cache, Tensor(c!) v_cache, "
       "Tensor slots, *, Tensor? cos=None, Tensor? sin=None, Tensor? q_norm=None, "
       "Tensor? k_norm=None, float eps=1e-06, float norm_offset=0.0, int[]? shard_heads=None, "
-      "Tensor(d!)? k_scale=None, Tensor(e!)? v_scale=None) -> ()");
+      "bool blocked=False, Tensor(d!)? k_scale=None, Tensor(e!)? v_scale=None) -> ()");
   // q [T, H, D]; out [T, H, Dv] output; query_start int32 [S + 1] cumulative; the last query of a
   // sequence sits at position seq_len - 1. window 0 = none, else keys with q_pos - k_pos < window.
   // soft_cap 0 = none. sinks float32 [H]. lse float32 [T, H] output (natural log).
@@ -51,6 +52,10 @@ STABLE_TORCH_LIBRARY(torch_pd, m) {
   // x [T, 2 * W] gate and up, in blocks of shards if shard_widths is given: gate0 up0 gate1 up1
   // ...; out [T, W] = act(gate) * up. activation: "silu", "gelu", "gelu_tanh".
   m.def("gated_act(Tensor x, Tensor(a!) out, str activation, *, int[]? shard_widths=None) -> ()");
+  // x [T, W] to blocks [T, widths[s]], contiguous and one behind the other in out [T * W], and
+  // blocks x [T * W] to columns of out [T, W]: what exchanges between shards send and receive.
+  m.def("pack_shards(Tensor x, Tensor(a!) out, int[] widths) -> ()");
+  m.def("unpack_shards(Tensor x, Tensor(a!) out, int[] widths) -> ()");
   // out [M, N] = x [M, K] weight [N, K]^T + bias [N]. A row of out depends on its row of x alone,
   // bit for bit, whatever M is. CPU only: on CUDA linears are cuBLAS.
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");

@@ -174,6 +174,11 @@ def split_shards(x: Tensor, widths: Sequence[Sequence[int]]) -> list[Tensor]:
     return [torch.cat(part, 1) for part in parts]
 
 
+def ref_pack_shards(x: Tensor, widths: Sequence[int]) -> Tensor:
+    """Columns of ``x [T, W]`` as blocks ``[T, widths[s]]`` behind each other, ``[T * W]``."""
+    return torch.cat([part.flatten() for part in x.split(list(widths), 1)])
+
+
 def ref_rope(
     qkv: Tensor,
     num_heads: int,

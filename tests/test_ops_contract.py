@@ -100,6 +100,16 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "activation": "gelu_tanh",
         "shard_widths": [2, 4],
     },
+    "pack_shards": lambda: {
+        "x": randn(TOKENS, 12),
+        "out": randn(TOKENS * 12),
+        "widths": [4, 0, 7, 1],
+    },
+    "unpack_shards": lambda: {
+        "x": randn(TOKENS * 12),
+        "out": randn(TOKENS, 12),
+        "widths": [4, 0, 7, 1],
+    },
     "linear": lambda: {
         "x": randn(TOKENS, 24),
         "weight": randn(7, 24),

@@ -49,15 +49,20 @@ def rope_cases(draw):
     slots = torch.randperm(num_slots, generator=generator)[:num_tokens]
     slots[torch.rand(slots.shape, generator=generator) < 0.2] = -1
     qkv = normal(num_tokens, (heads + 2 * kv_heads) * dim + 4)[:, 2:-2]
-    return qkv, heads, kv_heads, pool, slots, arguments
+    blocked = arguments["shard_heads"] is not None and draw(st.booleans())
+    return qkv, heads, kv_heads, pool, slots, blocked, arguments
 
 
 @settings(max_examples=150, deadline=None)
 @given(rope_cases())
 def test_rope_write_kv(case):
-    qkv, heads, kv_heads, pool, slots, arguments = case
+    qkv, heads, kv_heads, pool, slots, blocked, arguments = case
     num_tokens, dim = len(slots), pool.data.shape[-1]
     expected_q, k, v = reference.ref_rope(qkv, heads, kv_heads, **arguments)
+    if blocked:
+        widths = [n * (heads // kv_heads + 2) * dim for n in arguments["shard_heads"]]
+        qkv = reference.ref_pack_shards(qkv, widths).view(qkv.shape)
+        arguments = arguments | {"blocked": True}
     before = pool.clone()
     whole = torch.full((num_tokens + 2, heads + 1, dim + 3), 7.0).to(qkv.dtype)
     q = whole[1:-1, :-1, :-3]
@@ -151,6 +156,8 @@ BAD_ROPES = {
     "one is per head, the other over all heads": {"q_norm": torch.ones(32)},
     "shard_heads has 2 shards that sum to 3, the cache has 2": {"shard_heads": [1, 2]},
     "shard_heads must not be negative, got -1": {"shard_heads": [3, -1]},
+    "blocked needs shard_heads": {"blocked": True, "shard_heads": None},
+    "qkv must be contiguous": {"blocked": True, "qkv": torch.randn(3, 66)[:, 2:]},
     "slots must be int64, got int32": {"slots": torch.zeros(3, dtype=torch.int32)},
 }
 

@@ -130,14 +130,17 @@ def rope_write_kv(
     eps: float = 1e-6,
     norm_offset: float = 0.0,
     shard_heads: Sequence[int] | None = None,
+    blocked: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
     """Optional q/k RMSNorm, rotary embedding and KV write in one pass over the merged projection.
 
     ``qkv [T, (H + 2 Hkv) * D]`` holds q, k, v heads, in blocks ``q0 k0 v0 q1 k1 v1 ...`` if
-    ``shard_heads`` (KV heads of each shard) is given. ``q [T, H, D]`` is the output; k and v go to
-    ``slots [T]`` (-1: q only). ``cos, sin [T, R]`` as Hugging Face makes them (half rotation over
+    ``shard_heads`` (KV heads of each shard) is given. If ``blocked`` too, qkv is contiguous and the
+    columns of each shard are a contiguous block ``[T, columns]``, one behind the other: what an
+    exchange with the shards receives. ``q [T, H, D]`` is the output; k and v go to ``slots [T]``
+    (-1: q only). ``cos, sin [T, R]`` as Hugging Face makes them (half rotation over
     the first R dimensions; float32 or qkv's dtype); None rotates nothing. ``q_norm, k_norm``:
     ``[D]`` normalises each head, ``[H * D]`` and ``[Hkv * D]`` all heads at once; the factor is
     ``norm_offset + weight``. Arithmetic is float32.
@@ -155,6 +158,7 @@ def rope_write_kv(
         eps=eps,
         norm_offset=norm_offset,
         shard_heads=shard_heads,
+        blocked=blocked,
         k_scale=k_scale,
         v_scale=v_scale,
     )
@@ -245,6 +249,20 @@ def gated_act(
     (exact) or gelu_tanh.
     """
     _ops.gated_act(x, out, activation, shard_widths=shard_widths)
+
+
+def pack_shards(x: Tensor, out: Tensor, widths: Sequence[int]) -> None:
+    """Columns of ``x [T, W]`` to blocks ``[T, widths[s]]``, one behind the other in ``out``.
+
+    ``out [T * W]`` is contiguous; ``widths`` sum to W and may be unequal or 0 (at most 64). The
+    blocks are what an exchange with the shards sends.
+    """
+    _ops.pack_shards(x, out, widths)
+
+
+def unpack_shards(x: Tensor, out: Tensor, widths: Sequence[int]) -> None:
+    """The inverse of `pack_shards`: blocks ``x [T * W]`` to columns of ``out [T, W]``."""
+    _ops.unpack_shards(x, out, widths)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -354,6 +372,8 @@ for _name in (
     "merge_attention",
     "rms_norm",
     "gated_act",
+    "pack_shards",
+    "unpack_shards",
     "linear",
     "adjust_logits",
     "sample",

@@ -21,11 +21,11 @@ int64_t grain_of(int64_t width) {
 void rope_write_kv(const Tensor& qkv, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                    const Tensor& slots, const OptTensor& cos, const OptTensor& sin,
                    const OptTensor& q_norm, const OptTensor& k_norm, double eps, double norm_offset,
-                   const std::optional<std::vector<int64_t>>& shard_heads, const OptTensor& k_scale,
-                   const OptTensor& v_scale) {
+                   const std::optional<std::vector<int64_t>>& shard_heads, bool blocked,
+                   const OptTensor& k_scale, const OptTensor& v_scale) {
   const RopeWriteKV p =
       make_rope_write_kv("rope_write_kv", qkv, q, k_cache, v_cache, slots, cos, sin, q_norm, k_norm,
-                         eps, norm_offset, shard_heads, k_scale, v_scale);
+                         eps, norm_offset, shard_heads, blocked, k_scale, v_scale);
   check_slots("rope_write_kv", p.slots, p.num_tokens, p.cache);
   torch::stable::parallel_for(0, p.num_tokens, grain_of(qkv.size(1)), [&](int64_t b, int64_t e) {
     std::vector<float> scratch(rope_scratch(p));

@@ -21,7 +21,7 @@ struct RopeArgs {
   const void *cos, *sin, *q_norm, *k_norm;
   int64_t num_tokens, qkv_token, q_token, q_head, cos_token, sin_token;
   int num_heads, head_dim, rope_dim, group;  // group: query heads per KV head
-  bool norm_whole;
+  bool norm_whole, blocked;
   float eps, norm_offset;
   int lanes, lane_bits;  // lanes = 1 << lane_bits
   int heads;             // of a row of qkv: num_heads + 2 * num_kv_heads
@@ -46,6 +46,18 @@ __device__ __forceinline__ Head head_of(const RopeArgs& a, int column) {
   if (local < queries) return {kQuery, first * a.group + local};
   if (local < queries + kv_heads) return {kKey, first + local - queries};
   return {kValue, first + local - queries - kv_heads};
+}
+
+// Where a column of heads of a token lies.
+template <typename T>
+__device__ __forceinline__ const T* column_of(const RopeArgs& a, int64_t token, int column) {
+  const T* qkv = static_cast<const T*>(a.qkv);
+  if (!a.blocked) return qkv + token * a.qkv_token + int64_t{column} * a.head_dim;
+  const int span = a.group + 2;
+  int shard = 0;
+  while (column >= a.start[shard + 1] * span) ++shard;
+  const int64_t before = a.start[shard] * span, heads = a.start[shard + 1] * span - before;
+  return qkv + (a.num_tokens * before + token * heads + column - before) * a.head_dim;
 }
 
 // A thread's columns: PAIRS times two runs of VEC values, [p][0] and [p][1], which are rotated
@@ -216,12 +228,11 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const __grid_constant__ 
   const auto columns = columns_of<VEC, PAIRS>(a, lane);
   after_previous();
   const int64_t place = active ? a.slots[token] : -1;
-  const T* row = static_cast<const T*>(a.qkv) + token * a.qkv_token;
   Part<T, VEC, PAIRS> parts[HEADS], weight;
 #pragma unroll
   for (int h = 0; h < HEADS; ++h) {
-    read_part(a, columns, row + int64_t{first + h} * a.head_dim, active && first + h < a.heads,
-              parts[h]);
+    const bool exists = active && first + h < a.heads;
+    read_part(a, columns, column_of<T>(a, token, exists ? first + h : 0), exists, parts[h]);
   }
   Rotation<R, VEC> rotation;
   if (PAIRS == 1 && active) read_rotation(a, token, columns.at[0][0], rotation);
@@ -269,14 +280,13 @@ __global__ void __launch_bounds__(kThreads) rope_whole_kernel(const __grid_const
   const int64_t token = blockIdx.x;
   const auto columns = columns_of<VEC, PAIRS>(a, lane);
   after_previous();
-  const T* row = static_cast<const T*>(a.qkv) + token * a.qkv_token;
   const int64_t place = a.slots[token];
   Part<T, VEC, PAIRS> part, weight;
   float q_squares = 0.0f, k_squares = 0.0f;
   for (int column = group; column < a.heads; column += groups) {
     const Kind kind = head_of(a, column).kind;
     if (kind == kValue) continue;
-    read_part(a, columns, row + int64_t{column} * a.head_dim, true, part);
+    read_part(a, columns, column_of<T>(a, token, column), true, part);
     (kind == kKey ? k_squares : q_squares) += squares_of(part);
   }
   const float q_count = static_cast<float>(a.num_heads * a.head_dim);
@@ -290,7 +300,7 @@ __global__ void __launch_bounds__(kThreads) rope_whole_kernel(const __grid_const
     const bool active = column < a.heads;
     const Head head = head_of(a, active ? column : 0);
     const T* norm = static_cast<const T*>(head.kind == kQuery ? a.q_norm : a.k_norm);
-    read_part(a, columns, row + int64_t{column} * a.head_dim, active, part);
+    read_part(a, columns, column_of<T>(a, token, active ? column : 0), active, part);
     read_part(a, columns, norm + head.index * a.head_dim, active && head.kind != kValue, weight);
     const Target target =
         active ? target_of(a, token, place, head, sizeof(T), lane == 0) : Target{nullptr, nullptr};
@@ -358,11 +368,12 @@ void launch_rope(const RopeWriteKV& p, RopeArgs& a, const Launch& launch) {
 void rope_write_kv(const Tensor& qkv, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                    const Tensor& slots, const OptTensor& cos, const OptTensor& sin,
                    const OptTensor& q_norm, const OptTensor& k_norm, double eps, double norm_offset,
-                   const std::optional<std::vector<int64_t>>& shard_heads, const OptTensor& k_scale,
-                   const OptTensor& v_scale) {
+                   const std::optional<std::vector<int64_t>>& shard_heads, bool blocked,
+                   const OptTensor& k_scale, const OptTensor& v_scale) {
   const char* op = "rope_write_kv";
-  const RopeWriteKV p = make_rope_write_kv(op, qkv, q, k_cache, v_cache, slots, cos, sin, q_norm,
-                                           k_norm, eps, norm_offset, shard_heads, k_scale, v_scale);
+  const RopeWriteKV p =
+      make_rope_write_kv(op, qkv, q, k_cache, v_cache, slots, cos, sin, q_norm, k_norm, eps,
+                         norm_offset, shard_heads, blocked, k_scale, v_scale);
   if (p.num_tokens == 0) return;
   const Launch launch(op, qkv);
   const int64_t kv_heads = p.cache.num_kv_heads;
@@ -373,7 +384,7 @@ void rope_write_kv(const Tensor& qkv, const Tensor& q, const Tensor& k_cache, co
   a.cos_token = p.cos_token, a.sin_token = p.sin_token;
   a.num_heads = static_cast<int>(p.num_heads), a.head_dim = static_cast<int>(p.head_dim);
   a.rope_dim = static_cast<int>(p.rope_dim), a.group = static_cast<int>(p.num_heads / kv_heads);
-  a.norm_whole = p.norm_whole, a.eps = p.eps, a.norm_offset = p.norm_offset;
+  a.norm_whole = p.norm_whole, a.blocked = p.blocked, a.eps = p.eps, a.norm_offset = p.norm_offset;
   a.heads = static_cast<int>(p.num_heads + 2 * kv_heads);
   a.flag = error_flag(op, launch.device);
   for (size_t s = 0; s < p.shard_heads.size(); ++s) {

@@ -161,7 +161,9 @@ def rope_cases(draw):
     pool = reference.make_pool(pages, 2, block, kv_heads, dim, cache_dtype, generator)
     slots = random_slots(guarded(pool), num_tokens, generator)
     qkv = normal(num_tokens, (heads + 2 * kv_heads) * dim)
-    return qkv, heads, kv_heads, pool, slots, draw(st.sampled_from([0, 1, 8])), arguments
+    pad = draw(st.sampled_from([0, 1, 8]))
+    blocked = pad == 0 and arguments["shard_heads"] is not None and draw(st.booleans())
+    return qkv, heads, kv_heads, pool, slots, pad, blocked, arguments
 
 
 def to_device(arguments: dict) -> dict:
@@ -171,13 +173,17 @@ def to_device(arguments: dict) -> dict:
 @settings(max_examples=200, deadline=None)
 @given(rope_cases())
 def test_rope_write_kv(case):
-    qkv, heads, kv_heads, whole, slots, pad, arguments = case
+    qkv, heads, kv_heads, whole, slots, pad, blocked, arguments = case
     before, pool = guarded(whole), guarded(on_device(whole))
     num_tokens, dim = len(slots), pool.data.shape[-1]
     expected_q, k, v = reference.ref_rope(qkv, heads, kv_heads, **arguments)
     frame, q = framed(num_tokens, heads, dim, dtype=qkv.dtype, pad=pad)
     row = torch.zeros(num_tokens, qkv.shape[1] + pad, dtype=qkv.dtype, device=DEVICE)
     row[:, pad:] = qkv.to(DEVICE)
+    if blocked:
+        widths = [n * (heads // kv_heads + 2) * dim for n in arguments["shard_heads"]]
+        row.flatten().copy_(reference.ref_pack_shards(qkv, widths))
+        arguments = arguments | {"blocked": True}
     ops.rope_write_kv(
         row[:, pad:],
         q,
@@ -214,6 +220,30 @@ def test_rope_write_kv(case):
     for name, scale in pool.scales(LAYER).items():
         scale[page, token] = before.scales(LAYER)[name][page, token]
     assert torch.equal(pool.memory, before.memory)
+
+
+# --- pack_shards, unpack_shards ---
+
+
+@few
+@given(
+    st.lists(st.sampled_from([0, 1, 3, 8, 64, 1024, 5000]), min_size=1, max_size=5),
+    st.sampled_from([0, 1, 40, 300]),
+    st.sampled_from(DTYPES),
+    st.sampled_from([0, 1, 8]),
+)
+def test_shards(widths, rows, dtype, pad):
+    frame = torch.randn(rows, sum(widths) + 2 * pad).to(dtype).to(DEVICE)
+    x = frame[:, pad : sum(widths) + pad]
+    blocks = torch.full((2 + x.numel(),), nan, dtype=dtype, device=DEVICE)
+    out = blocks[1:-1] if pad == 1 else torch.full_like(blocks[1:-1], nan)
+    ops.pack_shards(x, out, widths)
+    assert torch.equal(out.cpu(), reference.ref_pack_shards(x.cpu(), widths))
+    assert blocks[[0, -1]].isnan().all()
+    whole, back = framed(rows, sum(widths), dtype=dtype, pad=pad)
+    ops.unpack_shards(out, back, widths)
+    assert torch.equal(back, x)
+    assert_frame(whole, back)
 
 
 # --- graphs ---

@@ -294,8 +294,14 @@ void rope_write_kv_rows_of(const RopeWriteKV& p, const int64_t* shard_heads, int
   const int64_t item = cache.k_scale ? 1 : sizeof(T);
   const T *q_norm = static_cast<const T*>(p.q_norm), *k_norm = static_cast<const T*>(p.k_norm);
   float *cos = scratch, *sin = cos + p.rope_dim, *head = sin + p.rope_dim;
+  // The first column of a shard that `kv_before` KV heads lie before.
+  const T* const qkv = static_cast<const T*>(p.qkv);
+  const auto columns = [&](int64_t t, int64_t kv_before, int64_t kv) {
+    const int64_t span = (group + 2) * dim;  // columns of a KV head
+    return p.blocked ? qkv + (p.num_tokens * kv_before + t * kv) * span
+                     : qkv + t * p.qkv_token + kv_before * span;
+  };
   for (int64_t t = begin; t < end; ++t) {
-    const T* row = static_cast<const T*>(p.qkv) + t * p.qkv_token;
     T* q = static_cast<T*>(p.q) + t * p.q_token;
     const bool write = p.slots[t] >= 0;
     const Slot slot = write ? find_slot(cache, p.slots[t], item) : Slot{};
@@ -309,12 +315,13 @@ void rope_write_kv_rows_of(const RopeWriteKV& p, const int64_t* shard_heads, int
     float q_factor = 1, k_factor = 1;
     if (p.norm_whole) {  // over the heads of all shards, before any of them is scaled
       float q_squares = 0, k_squares = 0;
-      const T* block = row;
+      int64_t kv_before = 0;
       for (int64_t s = 0; s < shards; ++s) {
         const int64_t kv = shard_heads[s] * dim;
+        const T* block = columns(t, kv_before, shard_heads[s]);
         q_squares += sum_of_squares(block, kv * group);
         k_squares += sum_of_squares(block + kv * group, kv);
-        block += kv * (group + 2);
+        kv_before += shard_heads[s];
       }
       q_factor = inverse_rms(q_squares, p.num_heads * dim, p.eps);
       k_factor = inverse_rms(k_squares, cache.num_kv_heads * dim, p.eps);
@@ -324,8 +331,9 @@ void rope_write_kv_rows_of(const RopeWriteKV& p, const int64_t* shard_heads, int
       if (norm && !p.norm_whole) factor = inverse_rms(sum_of_squares(from, dim), dim, p.eps);
       norm_and_rotate(p, from, weight, factor, cos, sin, head);
     };
-    int64_t q_head = 0, kv_head = 0;
+    int64_t q_head = 0, kv_before = 0;
     for (int64_t s = 0; s < shards; ++s) {
+      const T* row = columns(t, kv_before, shard_heads[s]);
       for (int64_t i = 0; i < shard_heads[s] * group; ++i, ++q_head, row += dim) {
         finish(row, q_norm, q_head, q_factor);
         for_columns(dim, [&](int64_t c, int64_t n) {
@@ -333,8 +341,9 @@ void rope_write_kv_rows_of(const RopeWriteKV& p, const int64_t* shard_heads, int
         });
       }
       const T *k = row, *v = k + shard_heads[s] * dim;
-      row = v + shard_heads[s] * dim;
-      for (int64_t i = 0; write && i < shard_heads[s]; ++i, ++kv_head, k += dim, v += dim) {
+      int64_t kv_head = kv_before;
+      kv_before += shard_heads[s];
+      for (; write && kv_head < kv_before; ++kv_head, k += dim, v += dim) {
         finish(k, k_norm, kv_head, k_factor);
         char* k_out = slot.k + kv_head * cache.k_head * item;
         char* v_out = slot.v + kv_head * cache.v_head * item;
