@@ -21,6 +21,8 @@ ORDER = [
     ["ops"],
     ["dist"],
     ["sizing"],
+    ["costs"],
+    ["planner"],
     ["context"],
     ["kv", "weights"],
     ["nn"],

@@ -14,6 +14,7 @@ from torch_pd.request import CompletionOutput, Logprob, RequestOutput, SamplingP
 if TYPE_CHECKING:
     from torch_pd.llm import LLM
     from torch_pd.nn.patch import patch_model, unpatch_model
+    from torch_pd.planner import plan
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "SamplingParams",
     "ops",
     "patch_model",
+    "plan",
     "unpatch_model",
 ]
 
@@ -33,6 +35,7 @@ __all__ = [
 _LAZY = {
     "LLM": "torch_pd.llm",
     "patch_model": "torch_pd.nn.patch",
+    "plan": "torch_pd.planner",
     "unpatch_model": "torch_pd.nn.patch",
 }
 

@@ -273,6 +273,21 @@ def _bench_throughput(args: argparse.Namespace) -> None:
     )
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from torch_pd.planner import plan
+
+    found = plan(
+        args.model,
+        gpus=args.gpus,
+        gpu_memory=args.gpu_memory,
+        input=args.input,
+        output=args.output,
+        num_prompts=args.num_prompts,
+        **config_from(args),
+    )
+    print(json.dumps(found.to_dict()) if args.json else found)
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors in one line."""
 
@@ -297,6 +312,19 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sampling_flags(generate)
     add_config_flags(generate)
     generate.set_defaults(run=_generate)
+
+    plan = commands.add_parser("plan", help="memory and speed on GPUs that need not be here")
+    plan.add_argument("model", help="model folder; config.json is enough")
+    plan.add_argument("--gpus", type=parse_int, default=4, metavar="N")
+    plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each")
+    plan.add_argument(
+        "--input", type=parse_int, default=1024, metavar="N", help="mean; uniform within 50%%"
+    )
+    plan.add_argument("--output", type=parse_int, default=256, metavar="N")
+    plan.add_argument("--num-prompts", type=parse_int, metavar="N", help="default 256 a GPU")
+    plan.add_argument("--json", action="store_true")
+    add_config_flags(plan)
+    plan.set_defaults(run=_plan)
 
     info = commands.add_parser("info", help="versions and hardware, or a model's modules")
     info.add_argument("model", nargs="?", help="model folder or .gguf file")

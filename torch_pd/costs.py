@@ -1,0 +1,237 @@
+"""Seconds of a step with weights resident, streamed or shipped: pure arithmetic, no devices.
+
+The same formulas choose between streaming and shipping while a group runs and foresee a run in
+`torch_pd.planner`. Per rank and step, with T tokens and m ranks that share one copy of the weights:
+
+* resident: GEMMs at the rate of the tensor cores or of reading all weights, whichever is slower,
+  then attention and the rest.
+* streamed: the same, or the pull of (m - 1) / m of the weights over the link if that is slower; what
+  the copies read and write slows the GEMMs down.
+* shipped: every rank computes 1 / m of each linear for the tokens of all, so it reads 1 / m of the
+  weights, and pays six collectives a layer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+COLLECTIVES_PER_LAYER = 6
+"""Gather, q/k/v to the tokens' rank, attention output to the owners, scatter; gather, scatter."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one GPU and its links do. The defaults were measured on H100 80GB HBM3 with NVLink."""
+
+    name: str = "H100 80GB"
+    flops: float = 710e12
+    """Of large bfloat16 GEMMs, a second."""
+    attention_flops: float = 320e12
+    """Of prefill attention, a second."""
+    weight_bandwidth: float = 2.7e12
+    """Bytes a second of GEMMs of few rows."""
+    memory_bandwidth: float = 2.97e12
+    """Bytes a second, read and written, of copies and elementwise ops."""
+    kv_bandwidth: float = 2.45e12
+    """Bytes of KV a second that decode attention reads."""
+    blend: float = 3.2
+    """A GEMM takes (compute**p + reading**p) ** (1/p); p = infinity would be perfect overlap."""
+    link_bandwidth: float = 349e9
+    """Bytes a second that a rank pulls while all others pull too, from rotated peers."""
+    contention: float = 0.6
+    """Share of the copies' memory traffic that the GEMMs beside them lose."""
+    collective_bandwidth: float = 400e9
+    """Bytes a second that a rank receives in large collectives."""
+    collective_seconds: float = 12e-6
+    """Of a small collective inside a graph."""
+    collective_ramp: float = 14e-6
+    """More than that, from about 1 MiB on."""
+    eager_collective_seconds: float = 50e-6
+    """Least time of a collective launched from the host."""
+    layer_launch_seconds: float = 80e-6
+    """Least time of a layer launched from the host."""
+    step_seconds: float = 0.6e-3
+    """Of what a step costs besides the model: planning, sampling, hand-over."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Machine":
+        """Of measured constants by name; the others keep their defaults (TypeError if unknown)."""
+        return replace(cls(), **values)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What costs depend on. Parameters are counts; experts stay resident and are not pooled."""
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab: int
+    itemsize: int
+    layer_params: int
+    """Of the linears of all layers that can be pooled: attention and gated MLPs."""
+    largest_linear: int
+    """Of one merged linear of a layer."""
+    expert_params: int = 0
+    expert_share: float = 0.0
+    """Of the experts that a token uses."""
+    tied: bool = False
+    """The embedding is the lm_head."""
+    other_params: int = 0
+    """Norms, biases and whatever else every rank holds."""
+    max_position: int = 0
+
+    @property
+    def head_params(self) -> int:
+        """Of the lm_head."""
+        return self.vocab * self.hidden
+
+    @property
+    def embedding_params(self) -> int:
+        """Of the embedding, 0 if it is the lm_head."""
+        return 0 if self.tied else self.vocab * self.hidden
+
+    @property
+    def pooled_bytes(self) -> int:
+        """Of all that a pool splits: linears, lm_head, embedding."""
+        return (self.layer_params + self.head_params + self.embedding_params) * self.itemsize
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of what every rank holds, pooled or not."""
+        return (self.other_params + self.expert_params) * self.itemsize
+
+    @property
+    def pulled_bytes(self) -> int:
+        """Of a full copy as a streaming step uses it; of the embedding only rows are fetched."""
+        return (self.layer_params + self.head_params) * self.itemsize
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Of K and V of one token in all layers."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def qkv_width(self) -> int:
+        """Columns of the merged q, k, v."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank does in one step."""
+
+    tokens: int
+    """Rows of the linears."""
+    samples: int
+    """Rows of the lm_head."""
+    kv_tokens: int
+    """Tokens whose K and V decoding sequences read."""
+    pairs: int = 0
+    """Query-key pairs of prompt tokens."""
+    graph: bool = False
+    """Replayed from a CUDA graph: no launches from the host."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of steps on a rank of a pool.
+
+    Args:
+        shape, machine: of the model and of each GPU.
+        shards: ranks that share one copy of the weights (m); 1 has no remote shard.
+        kv_token_bytes: of one token's K and V as they are kept (float8 pages are half).
+    """
+
+    shape: ModelShape
+    machine: Machine
+    shards: int = 1
+    kv_token_bytes: int | None = None
+
+    def resident(self, step: Step) -> float:
+        """Every weight on this GPU."""
+        return self._launched(self._linears(step, 1) + self._rest(step), step)
+
+    def pull_seconds(self) -> float:
+        """Of pulling all other shards."""
+        remote = self.shape.pulled_bytes * (self.shards - 1) / self.shards
+        return remote / self.machine.link_bandwidth
+
+    def stream(self, step: Step) -> float:
+        """Weights pulled through the ring beside the computation; launched from the host."""
+        shape, machine, m = self.shape, self.machine, self.shards
+        # Written by the pull, the own shard read and written, the shards read by the others.
+        traffic = shape.pulled_bytes * ((m - 1) + 2 + (m - 1)) / m if m > 1 else 0.0
+        slowed = machine.contention * traffic / machine.memory_bandwidth
+        compute = self._launched(self._linears(step, 1) + self._rest(step), step)
+        return max(self.pull_seconds() + machine.step_seconds, compute + slowed)
+
+    def ship(self, step: Step, ranks: int | None = None) -> float:
+        """Activations sent to the shards and back; all ranks have as many rows as this one.
+
+        Args:
+            ranks: that have rows, default all; the others only compute.
+        """
+        ranks = self.shards if ranks is None else ranks
+        compute = self._linears(step, self.shards, ranks) + self._rest(step)
+        return self._launched(compute, step) + self.exchange_seconds(step)
+
+    def exchange_seconds(self, step: Step) -> float:
+        """Of all collectives of a shipped step."""
+        shape, machine, m = self.shape, self.machine, self.shards
+        if m == 1:
+            return 0.0
+        # Received by a rank, a layer: two gathers and two scatters of rows [hidden] of the m - 1
+        # others, and (m - 1) / m of its own rows' q, k, v and attention outputs.
+        gathers = 4 * (m - 1) * step.tokens * shape.hidden * shape.itemsize
+        heads = shape.qkv_width + shape.num_heads * shape.head_dim
+        to_tokens = step.tokens * heads * shape.itemsize * (m - 1) / m
+        each = (gathers + to_tokens) / COLLECTIVES_PER_LAYER
+        seconds = (
+            machine.collective_seconds
+            + machine.collective_ramp * each / (each + (1 << 20))
+            + each / machine.collective_bandwidth
+        )
+        if not step.graph:
+            seconds = max(seconds, machine.eager_collective_seconds)
+        return COLLECTIVES_PER_LAYER * shape.num_layers * seconds
+
+    def _matmul(self, rows: float, params: float, read: float) -> float:
+        """``rows`` times a matrix of ``params`` whose part of ``read`` parameters is read."""
+        machine = self.machine
+        if rows == 0 or params == 0:
+            return 0.0
+        compute = 2 * rows * params / machine.flops
+        reading = read * self.shape.itemsize / machine.weight_bandwidth
+        high, low = max(compute, reading), min(compute, reading)
+        return high * (1 + (low / high) ** machine.blend) ** (1 / machine.blend)
+
+    def _linears(self, step: Step, shards: int, ranks: int = 1) -> float:
+        shape = self.shape
+        rows = ranks / shards  # of each rank's tokens, that pass through 1 / shards of the weights
+        seconds = self._matmul(step.tokens * rows, shape.layer_params, shape.layer_params / shards)
+        seconds += self._matmul(step.samples * rows, shape.head_params, shape.head_params / shards)
+        used = min(1.0, step.tokens * shape.expert_share)
+        active = shape.expert_params * shape.expert_share
+        return seconds + self._matmul(step.tokens, active, shape.expert_params * used)
+
+    def _rest(self, step: Step) -> float:
+        """Attention and elementwise ops."""
+        shape, machine = self.shape, self.machine
+        per_pair = 4 * shape.num_heads * shape.head_dim * shape.num_layers
+        kv_token = self.kv_token_bytes or shape.kv_token_bytes
+        width = 8 * shape.hidden + 2 * shape.qkv_width + 3 * shape.intermediate
+        elementwise = step.tokens * width * shape.itemsize * shape.num_layers
+        return (
+            step.pairs * per_pair / machine.attention_flops
+            + step.kv_tokens * kv_token / machine.kv_bandwidth
+            + elementwise / machine.memory_bandwidth
+        )
+
+    def _launched(self, seconds: float, step: Step) -> float:
+        """The device's time, or the host's if it cannot launch as fast."""
+        launch = 0.0 if step.graph else self.shape.num_layers * self.machine.layer_launch_seconds
+        return max(seconds, launch) + self.machine.step_seconds
