@@ -1,4 +1,4 @@
-"""Plans: sums, limits, the recommendation, and figures that were measured or simulated elsewhere."""
+"""Plans: sums, limits, the recommendation, and figures that were measured elsewhere."""
 
 import dataclasses
 import json
@@ -175,7 +175,7 @@ def test_command_errors(folder, capsys, flags, message):
 
 
 def test_no_model(tmp_path):
-    with pytest.raises(ValueError, match="has no config.json"):
+    with pytest.raises(ValueError, match="has no config"):
         plan(tmp_path, gpus=4)
 
 

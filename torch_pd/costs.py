@@ -5,8 +5,8 @@ The same formulas choose between streaming and shipping while a group runs and f
 
 * resident: GEMMs at the rate of the tensor cores or of reading all weights, whichever is slower,
   then attention and the rest.
-* streamed: the same, or the pull of (m - 1) / m of the weights over the link if that is slower; what
-  the copies read and write slows the GEMMs down.
+* streamed: the same, or the pull of (m - 1) / m of the weights over the link if that is slower;
+  what the copies read and write slows the GEMMs down.
 * shipped: every rank computes 1 / m of each linear for the tokens of all, so it reads 1 / m of the
   weights, and pays six collectives a layer.
 """

@@ -1,8 +1,8 @@
 """Foresees a run without a GPU: memory of each rank, step times, tokens a second, what to choose.
 
-Throughput is simulated: one rank's share of the prompts goes through the scheduler's policy (running
-sequences first, then admission while KV pages last, the newest preempted) and every step costs what
-`torch_pd.costs` says. All ranks are alike, so one stands for all.
+Throughput is simulated: one rank's share of the prompts goes through the scheduler's policy
+(running sequences first, then admission while KV pages last, the newest preempted) and every step
+costs what `torch_pd.costs` says. All ranks are alike, so one stands for all.
 """
 
 import dataclasses
@@ -364,7 +364,7 @@ def simulate(costs: Costs, mode: str, settings: EngineConfig, kv_tokens: int, wo
         counts = np.minimum(counts, np.maximum(0, budget - (np.cumsum(counts) - counts)))
         budget -= int(counts.sum())
         held = used(known)
-        admitted = []
+        admitted: list[tuple[int, int, int]] = []
         while waiting and budget > 0 and len(known) + len(admitted) < settings.max_num_seqs:
             length = waiting[-1][0]
             held += -(-length // page) * page
