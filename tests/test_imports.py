@@ -19,6 +19,7 @@ ORDER = [
     ["config"],
     ["request"],
     ["ops"],
+    ["board"],
     ["dist"],
     ["sizing"],
     ["costs"],

@@ -9,4 +9,5 @@ PYBIND11_MODULE(_runtime, m) {
 #else
   m.attr("HAS_CUDA") = false;
 #endif
+  bind_board(m);
 }
