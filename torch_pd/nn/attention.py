@@ -1,7 +1,7 @@
 """The attention function that Hugging Face's layers call, and the window that a mask means."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +22,19 @@ _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_hidden_state
 
 @dataclass
 class Pass:
-    """What the running forward pass reads and writes; both None outside of one."""
+    """What the running forward pass reads and writes; both None outside of one.
+
+    The rest counts for pooled weights only and stays between passes.
+    """
 
     batch: Batch | None = None
     pool: KVPool | None = None
+    mode: str = "resident"
+    """ship: linears run on the shards of all ranks, together with them; resident, stream: here."""
+    rows: Sequence[int] = ()
+    """Shipped: tokens of each rank of the group in this pass."""
+    head_rows: Sequence[int] = ()
+    """Shipped: rows of each rank whose logits are wanted."""
 
     def current(self) -> tuple[Batch, KVPool]:
         """Batch and pool. ValueError outside of a pass of the patched model."""

@@ -1,7 +1,8 @@
 """FusedBlock: a whole decoder layer over packed tokens in a handful of the library's ops."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from torch_pd import ops
 from torch_pd.nn.attention import Pass
 from torch_pd.nn.linear import MergedLinear, linear
+
+if TYPE_CHECKING:
+    from torch_pd.nn.pooled import PooledAttention, PooledMLP
 
 
 @dataclass
@@ -52,10 +56,22 @@ class FusedAttention:
 
     def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         """``x [T, hidden]``, rotation = cos, sin ``[T, R]``; returns ``[T, hidden]``."""
+        return linear(self.attend(self.qkv(x), rotation), self.o.weight, self.o.bias)
+
+    def attend(
+        self,
+        qkv: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        shard_heads: Sequence[int] | None = None,
+        blocked: bool = False,
+    ) -> Tensor:
+        """Between the linears: ``qkv [T, (H + 2 Hkv) * D]`` to ``[T, H * D]``.
+
+        ``shard_heads`` and ``blocked`` tell how qkv is ordered: see `ops.rope_write_kv`.
+        """
         batch, pool = self.running.current()
         pages = batch.groups[self.group]
         k_cache, v_cache = pool.layer(self.layer)
-        qkv = self.qkv(x)
         q = qkv.new_empty(qkv.shape[0], self.num_heads, self.head_dim)
         cos, sin = rotation if rotation is not None else (None, None)
         q_norm, k_norm = self.q_norm, self.k_norm
@@ -71,6 +87,8 @@ class FusedAttention:
             k_norm=None if k_norm is None else k_norm.weight,
             eps=0.0 if q_norm is None else q_norm.eps,
             norm_offset=0.0 if q_norm is None else q_norm.offset,
+            shard_heads=shard_heads,
+            blocked=blocked,
         )
         out = torch.empty_like(q)
         ops.paged_attention(
@@ -87,7 +105,7 @@ class FusedAttention:
             soft_cap=self.soft_cap,
             places=batch.places,
         )
-        return linear(out.flatten(1), self.o.weight, self.o.bias)
+        return out.flatten(1)
 
 
 @dataclass
@@ -125,8 +143,8 @@ class ForeignMLP:
 class FusedBlock:
     """One decoder layer: norms before and/or after attention and MLP, added to the residual."""
 
-    attention: FusedAttention
-    mlp: FusedMLP | ForeignMLP
+    attention: "FusedAttention | PooledAttention"
+    mlp: "FusedMLP | ForeignMLP | PooledMLP"
     pre_attention: Norm | None
     post_attention: Norm | None
     pre_mlp: Norm | None
@@ -157,8 +175,9 @@ class FusedBlock:
 
     def merged(self) -> list[MergedLinear]:
         """The merged matrices of the block."""
+        attention = [self.attention.qkv] if isinstance(self.attention, FusedAttention) else []
         mlp = [self.mlp.gate_up] if isinstance(self.mlp, FusedMLP) else []
-        return [self.attention.qkv, *mlp]
+        return attention + mlp
 
 
 def forward(

@@ -40,7 +40,8 @@ class ModulePath:
     name: str
     """Of the module inside the model."""
     path: str
-    """fused: the library's ops; attention: paged attention in Hugging Face's code; huggingface."""
+    """fused: the library's ops; pooled: those over shared weights; attention: paged attention in
+    Hugging Face's code; huggingface."""
     reason: str
     """Why it is not fused, or a remark; may be empty."""
 
@@ -128,7 +129,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: the model is not patched.
     """
-    _undo(_state(model).undo)
+    _undo(patch_state(model).undo)
     return model
 
 
@@ -139,17 +140,17 @@ def is_patched(model: nn.Module) -> bool:
 
 def describe(model: nn.Module) -> list[ModulePath]:
     """The path that each module of a patched model takes."""
-    return list(_state(model).paths)
+    return list(patch_state(model).paths)
 
 
 def kv_shape(model: nn.Module, block_size: int | None = None) -> KVShape:
     """Sizes of a KV page of a patched model."""
-    return _state(model).shape(block_size)
+    return patch_state(model).shape(block_size)
 
 
 def new_pool(model: PreTrainedModel, num_pages: int, block_size: int | None = None) -> KVPool:
     """KV pages for a patched model, on its device and in its dtype."""
-    state = _state(model)
+    state = patch_state(model)
     shape = state.shape(block_size)
     sizes = (shape.num_layers, shape.block_size, shape.num_kv_heads, shape.head_dim)
     return KVPool(num_pages, *sizes, state.call.dtype, model.device)
@@ -174,13 +175,14 @@ def forward_packed(
     Returns:
         Logits [len(select), vocab] in the model's dtype.
     """
-    state = _state(model)
+    state = patch_state(model)
     assert input_ids.shape[0] == positions.shape[0] == batch.num_tokens
     output = generate.run(state, model, pool, batch, positions, select, input_ids=input_ids[None])
     return output.logits[0]
 
 
-def _state(model: nn.Module) -> PatchState:
+def patch_state(model: nn.Module) -> PatchState:
+    """What hangs on a patched model. ValueError if it is not patched."""
     if not is_patched(model):
         raise ValueError(f"{type(model).__name__} is not patched: call torch_pd.patch_model(model)")
     return model.__dict__["_torch_pd"]

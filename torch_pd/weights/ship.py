@@ -57,7 +57,7 @@ class Exchange:
         sends = [x if width else nothing for width in widths]
         mine = widths[self.rank] > 0
         counts = [row * x.shape[1] if mine else 0 for row in rows]
-        return self._swap(sends, counts).view(-1, x.shape[1])
+        return self._swap(sends, counts).view(sum(rows) if mine else 0, x.shape[1])
 
     def to_tokens(self, y: Tensor, rows: Sequence[int], widths: Sequence[int]) -> Tensor:
         """The owners' results for the rows of each rank, sent there.
@@ -119,7 +119,8 @@ class Exchange:
             return out
         sends = list(y.split(list(rows))) if widths[self.rank] else [y[:0]] * self.size
         counts = [mine * columns if width else 0 for width in widths]
-        parts = self._swap(sends, counts).view(-1, mine, columns)
+        owners = sum(width > 0 for width in widths)
+        parts = self._swap(sends, counts).view(owners, mine, columns)
         total = parts[0]
         for part in parts[1:]:
             total.add_(part)
