@@ -122,6 +122,7 @@ def test_info(capsys):
 def test_info_of_a_model_lists_every_layer(tiny, capsys):
     assert main(["info", str(tiny)]) == 0
     out = capsys.readouterr().out
+    assert "weights: read straight to their place" in out
     assert "model.layers.0" in out
     assert "model.layers.1" in out
     assert "fused" in out

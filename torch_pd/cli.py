@@ -216,7 +216,7 @@ def _info_model(model: str) -> None:
     from transformers import AutoModelForCausalLM
 
     from torch_pd.nn.patch import describe, patch_model
-    from torch_pd.weights.loader import load_model, read_config, resolve_format
+    from torch_pd.weights.loader import describe_reading, load_model, read_config, resolve_format
 
     path = Path(model).expanduser()
     if resolve_format(path, "auto") == "gguf":
@@ -224,6 +224,7 @@ def _info_model(model: str) -> None:
     else:
         with torch.device("meta"):
             loaded = AutoModelForCausalLM.from_config(read_config(path))
+    print(f"weights: {describe_reading(path, loaded)}")
     patch_model(loaded)
     for entry in describe(loaded):
         print(f"{entry.name:32} {entry.path:12} {entry.reason}".rstrip())

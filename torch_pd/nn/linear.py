@@ -33,7 +33,8 @@ class MergedLinear:
     """Linears of one input as one matrix ``weight [sum of out, in]``, in the given order.
 
     The modules stay, their Parameters become views of the merged matrix: names, values and
-    identities are unchanged and nothing is stored twice. One linear alone is used as it is.
+    identities are unchanged and nothing is stored twice. One linear alone is used as it is, and so
+    are linears that lie behind each other in one storage already (as the loader puts them).
     """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
@@ -63,6 +64,9 @@ class MergedLinear:
 def _merge(parameters: list[Tensor]) -> Tensor:
     if len(parameters) == 1:
         return parameters[0].data
+    adjacent = _adjacent([parameter.data for parameter in parameters])
+    if adjacent is not None:
+        return adjacent
     with torch.no_grad():
         merged = torch.cat([parameter.data for parameter in parameters])
     for parameter, part in zip(
@@ -70,3 +74,22 @@ def _merge(parameters: list[Tensor]) -> Tensor:
     ):
         parameter.data = part
     return merged
+
+
+def _adjacent(parts: list[Tensor]) -> Tensor | None:
+    """The parts as one tensor, if they are contiguous and follow each other in one storage."""
+    first = parts[0]
+    if first.is_meta:
+        return None
+    end = first.storage_offset()
+    for part in parts:
+        if (
+            not part.is_contiguous()
+            or part.dtype != first.dtype
+            or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or part.storage_offset() != end
+        ):
+            return None
+        end += part.numel()
+    rows = sum(part.shape[0] for part in parts)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())

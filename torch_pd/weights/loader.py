@@ -2,14 +2,23 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torch_pd.weights.checkpoint import Checkpoint
+from torch_pd.weights.dummy import Dummy
+from torch_pd.weights.skeleton import build_skeleton, materialise, stored_tensors
+from torch_pd.weights.slices import Slice
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {
     "float32": torch.float32,
@@ -60,38 +69,6 @@ def resolve_format(path: Path, load_format: str) -> str:
     return "safetensors" if load_format == "auto" else load_format
 
 
-def check_safetensors(path: Path) -> None:
-    """Opens every weight file's header, so that damage is named before anything is loaded.
-
-    Raises:
-        ValueError: no weight file, a missing shard, or a file that is cut off or not safetensors.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = sorted(file.name for file in path.glob("*.safetensors"))
-    if not names:
-        raise ValueError(
-            f"{str(path)!r} has no *.safetensors; convert the checkpoint with save_pretrained, or "
-            "use load_format='dummy' for random weights"
-        )
-    for name in names:
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"{str(file)!r} is named in {index.name} but missing")
-        try:
-            with safe_open(str(file), framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{str(file)!r} ({file.stat().st_size:,} bytes) is not a complete safetensors "
-                f"file: {error}; fetch or convert it again"
-            ) from error
-
-
 def read_config(path: Path) -> Any:
     """The Hugging Face config of a model folder; ValueError if it cannot be read."""
     from transformers import AutoConfig
@@ -110,17 +87,95 @@ def _load_kwargs(path: Path, load_format: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": path}
 
 
+def transformers_reason(model: "PreTrainedModel", checkpoint: Checkpoint) -> str | None:
+    """Why transformers has to read a checkpoint, or None if it can be read straight to its place.
+
+    Args:
+        model: its skeleton.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if getattr(model.config, "quantization_config", None) is not None:
+        return "the checkpoint is quantised"
+    if get_model_conversion_mapping(model, add_legacy=False):
+        return f"tensors of {model.config.model_type} checkpoints are renamed or merged"
+    dtype = model.dtype
+    kept = model._keep_in_fp32_modules_strict if dtype != torch.float32 else None
+    if dtype == torch.float16:
+        kept = model._keep_in_fp32_modules or kept
+    if kept:
+        return f"{', '.join(sorted(kept))} stay in float32"
+    expected = stored_tensors(model)
+    entries = checkpoint.entries
+    unknown = [name for name, entry in entries.items() if entry.dtype is None]
+    if unknown:
+        return f"{unknown[0]} has a dtype of its own"
+    names = {name for _, names in expected.values() for name in names}
+    missing = [name for name, (_, names) in expected.items() if not entries.keys() & set(names)]
+    if missing and not entries.keys() <= names:
+        return f"{missing[0]} is stored under another name, or not at all"
+    for _, aliases in expected.values():
+        stored = [name for name in aliases if name in entries]
+        if any(not checkpoint.equal(stored[0], other) for other in stored[1:]):
+            return f"{' and '.join(stored)} differ, though the config ties them"
+    return None
+
+
+def describe_reading(path: Path, model: "PreTrainedModel") -> str:
+    """How the weights of a folder or GGUF file are read, in a few words.
+
+    Args:
+        model: of that path; its weights do not matter.
+    """
+    if path.is_file():
+        return "read by transformers (a GGUF file)"
+    if not any(path.glob("*.safetensors")):
+        return "none here; only load_format='dummy' works"
+    reason = transformers_reason(model, Checkpoint(path))
+    return "read straight to their place" if reason is None else f"read by transformers ({reason})"
+
+
+def check_tensors(model: "PreTrainedModel", checkpoint: Checkpoint) -> None:
+    """Raises ValueError if tensors of the model are missing or misshapen; names them."""
+    mismatched, missing = [], []
+    for name, (tensor, names) in stored_tensors(model).items():
+        stored = next((alias for alias in names if alias in checkpoint.entries), None)
+        if stored is None:
+            missing.append(name)
+        elif checkpoint.entries[stored].shape != tuple(tensor.shape):
+            have, want = checkpoint.entries[stored].shape, tensor.shape
+            mismatched.append((stored, have, want))
+    _refuse_wrong(checkpoint.path, model, mismatched, missing)
+
+
+def _refuse_wrong(
+    path: Path, model: "PreTrainedModel", mismatched: Iterable[tuple], missing: Iterable[str]
+) -> None:
+    wrong = [
+        f"{name} is {list(have)} instead of {list(want)}" for name, have, want in sorted(mismatched)
+    ]
+    wrong += [f"{name} is missing" for name in sorted(missing)]
+    if wrong:
+        raise ValueError(
+            f"{str(path)!r} does not hold the weights of {type(model).__name__}: "
+            f"{'; '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}"
+        )
+
+
 def load_model(
     model: "str | Path | PreTrainedModel", *, dtype: str, load_format: str, device: str, seed: int
 ) -> "PreTrainedModel":
     """A causal LM in eval mode on ``device``.
 
+    Safetensors are read straight to the device, dummy weights are made there; what needs
+    transformers' own reader (`transformers_reason`, GGUF) takes its way. The log says which.
+
     Raises:
-        ValueError: see `resolve_format` and `check_safetensors`; also a checkpoint that lacks
-            tensors of the model or has them in another shape (each is named), or a module given
-            together with a dtype or load_format that it does not have.
+        ValueError: see `resolve_format` and `Checkpoint`; also a checkpoint that lacks tensors of
+            the model or has them in another shape (each is named), or a module given together with
+            a dtype or load_format that it does not have.
     """
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
         if load_format != "auto":
@@ -138,23 +193,85 @@ def load_model(
 
     path = Path(model).expanduser()
     load_format = resolve_format(path, load_format)
-    if load_format == "dummy":
-        torch_dtype = _DTYPES["bfloat16" if dtype == "auto" else dtype]
-        with torch.device(device), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            loaded = AutoModelForCausalLM.from_config(read_config(path), dtype=torch_dtype)
-        return loaded.eval()
-    if load_format == "safetensors":
-        config = read_config(path)
-        check_safetensors(path)
-        torch_dtype = config.dtype or torch.float32 if dtype == "auto" else _DTYPES[dtype]
-    else:
+    started = time.perf_counter()
+    reason: str | None = "a GGUF file"
+    if load_format == "gguf":
         torch_dtype = torch.float32 if dtype == "auto" else _DTYPES[dtype]
+        loaded = _load_by_transformers(path, load_format, torch_dtype, device)
+    else:
+        config = read_config(path)
+        checkpoint = Checkpoint(path) if load_format == "safetensors" else None
+        torch_dtype = resolve_dtype(None if checkpoint is None else config, dtype)
+        loaded = build_skeleton(config, torch_dtype)
+        reason = None if checkpoint is None else transformers_reason(loaded, checkpoint)
+        if reason is not None:
+            loaded = _load_by_transformers(path, load_format, torch_dtype, device)
+        elif checkpoint is None:
+            _make_dummy(loaded, device, seed)
+        else:
+            _read_directly(loaded, checkpoint, device)
+    nbytes = sum(parameter.nbytes for parameter in loaded.parameters())
+    logger.info(
+        "%s of %s: %.2f GiB in %.2f s, %s",
+        "dummy weights" if load_format == "dummy" else "weights",
+        path.name,
+        nbytes / 2**30,
+        time.perf_counter() - started,
+        "straight to their place" if reason is None else f"read by transformers ({reason})",
+    )
+    return loaded
+
+
+def resolve_dtype(config: Any, dtype: str) -> torch.dtype:
+    """The dtype of the weights.
+
+    Args:
+        config: of a checkpoint, which "auto" follows; None for dummy weights (bfloat16).
+        dtype: of EngineConfig.
+    """
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    return torch.bfloat16 if config is None else config.dtype or torch.float32
+
+
+def _make_dummy(model: "PreTrainedModel", device: str, seed: int) -> None:
+    dummy = Dummy(seed)
+    dummy.set_vectors(model)
+    materialise(model, device)
+    matrices = [(name, p) for name, p in model.named_parameters() if p.dim() >= 2]
+    dummy.fill([Slice.whole(name, parameter) for name, parameter in matrices])
+
+
+def _read_directly(model: "PreTrainedModel", checkpoint: Checkpoint, device: str) -> None:
+    check_tensors(model, checkpoint)
+    materialise(model, device)
+    checkpoint.fill(
+        [
+            Slice.whole(next(name for name in names if name in checkpoint.entries), tensor)
+            for tensor, names in stored_tensors(model).values()
+        ]
+    )
+    read_generation_config(model, checkpoint.path)
+
+
+def read_generation_config(model: "PreTrainedModel", path: Path) -> None:
+    """Gives the model the generation config beside its weights (end-of-text tokens, ...)."""
+    from transformers import GenerationConfig
+
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+
+
+def _load_by_transformers(
+    path: Path, load_format: str, dtype: torch.dtype, device: str
+) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
     try:
         with _quiet():
             result: Any = AutoModelForCausalLM.from_pretrained(
                 **_load_kwargs(path, load_format),
-                dtype=torch_dtype,
+                dtype=dtype,
                 device_map=device,
                 local_files_only=True,
                 output_loading_info=True,
@@ -163,16 +280,7 @@ def load_model(
     except (RuntimeError, OSError, KeyError, ImportError) as error:
         raise ValueError(f"{str(path)!r} cannot be loaded: {error}") from error
     loaded, report = result
-    wrong = [
-        f"{name} is {list(have)} instead of {list(want)}"
-        for name, have, want in sorted(report["mismatched_keys"])
-    ]
-    wrong += [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    if wrong:
-        raise ValueError(
-            f"{str(path)!r} does not hold the weights of {type(loaded).__name__}: "
-            f"{'; '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}"
-        )
+    _refuse_wrong(path, loaded, report["mismatched_keys"], report["missing_keys"])
     return loaded.eval()
 
 
