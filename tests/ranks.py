@@ -1,4 +1,4 @@
-"""Runs a function in several processes that form a gloo group."""
+"""Runs a function in several processes that form a group of torch.distributed."""
 
 import os
 import sys
@@ -12,22 +12,34 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(size: int, function: Callable, *args) -> None:
+def run_ranks(size: int, function: Callable, *args, device: str = "cpu") -> None:
     """``function(rank, *args)`` in ``size`` processes; an error in one is raised here.
+
+    On "cuda" every rank has its own GPU, current there, and the group is NCCL's.
 
     The function must be importable: of a test module, not inside another function.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
-        mp.spawn(_main, (size, store, function, args, sys.path), nprocs=size)
+        mp.spawn(_main, (size, store, function, args, device, sys.path), nprocs=size)
 
 
-def _main(rank: int, size: int, store: Path, function: Callable, args: tuple, path: list) -> None:
+def _main(
+    rank: int, size: int, store: Path, function: Callable, args: tuple, device: str, path: list
+) -> None:
     sys.path[:] = path
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        device_id=torch.device(device, rank) if device == "cuda" else None,
+    )
     try:
         function(rank, *args)
     finally:

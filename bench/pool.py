@@ -1,0 +1,202 @@
+"""Weights shared by several ranks: what a shipped step costs.
+
+    torchrun --nproc-per-node 4 bench/pool.py linears [--rows 16 64 256 512] [--json FILE]
+    torchrun --nproc-per-node 4 bench/pool.py exchanges
+
+``linears``: all linears of one step (no norms, no attention) over shards of random weights, every
+rank with the same number of rows: the exchanges with the other ranks and the parts of the linears,
+replayed as one CUDA graph. ``exchanges``: the four exchanges alone. Without GPUs both run on the
+CPU over gloo; give a small ``--shape``.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torch_pd.nn.attention import Pass
+from torch_pd.nn.pooled import PooledAttention, PooledMLP, Shared
+from torch_pd.weights.layout import ModelDims, make_layout
+from torch_pd.weights.pool import WeightPool
+from torch_pd.weights.ship import Exchange
+
+SHAPES = {
+    "qwen3-32b": ModelDims(64, 5120, 64, 8, 128, 25600, 151936, 2),
+    "llama-70b": ModelDims(80, 8192, 64, 8, 128, 28672, 128256, 2),
+    "tiny": ModelDims(2, 64, 8, 4, 8, 256, 512, 2),
+}
+
+
+class NoAttention:
+    """Stands in for a FusedAttention: a shard's queries pass for its attention output."""
+
+    def __init__(self, dims: ModelDims, layer: int) -> None:
+        self.layer = layer
+        self.num_heads, self.head_dim = dims.num_heads, dims.head_dim
+        self._columns = dims.num_heads * dims.head_dim
+
+    def attend(self, qkv: Tensor, rotation: Any, shard_heads: Any, blocked: bool = False) -> Tensor:
+        return qkv[:, : self._columns]
+
+
+class Step:
+    """The linears of one step."""
+
+    def __init__(self, dims: ModelDims, exchange: Exchange, device: torch.device) -> None:
+        layout = make_layout(dims, exchange.size, exchange.rank)
+        weights = WeightPool(layout, exchange.rank, torch.bfloat16, device)
+        generator = torch.Generator(device).manual_seed(exchange.rank)
+        for shard in weights.layers:
+            for matrix in (shard.qkv, shard.o, shard.gate_up, shard.down):
+                matrix.normal_(0, dims.hidden_size**-0.5, generator=generator)
+        self.running = Pass(mode="ship")
+        shared = Shared(self.running, weights, exchange, None)
+        self.parts: list[tuple[PooledAttention, PooledMLP]] = []
+        for layer, (shard, split) in enumerate(zip(weights.layers, layout.splits, strict=True)):
+            fused: Any = NoAttention(dims, layer)
+            attention = PooledAttention(fused, shared, shard, split.kv_heads)
+            self.parts.append((attention, PooledMLP(shared, layer, shard, split.mlp, "silu")))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for attention, mlp in self.parts:
+            x = mlp(attention(x, None))
+        return x
+
+
+class Timer:
+    """Milliseconds of a call that all ranks make, the slowest rank's median."""
+
+    def __init__(self, exchange: Exchange, device: torch.device) -> None:
+        self.exchange, self.device = exchange, device
+
+    def __call__(self, call: Callable[[], Any], repeats: int = 20) -> dict[str, float]:
+        """On a GPU as a graph and by single launches, elsewhere just run."""
+        with torch.no_grad():
+            if self.device.type == "cpu":
+                return {"eager": self._median(call, repeats)}
+            eager = self._median(call, repeats)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                call()
+            return {"graph": self._median(graph.replay, repeats), "eager": eager}
+
+    def _median(self, call: Callable[[], Any], repeats: int) -> float:
+        for _ in range(3):
+            call()
+        times = []
+        for _ in range(repeats):
+            self._settle()
+            start = time.perf_counter()
+            call()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) * 1e3)
+        median = torch.tensor(sorted(times)[repeats // 2], device=self.device)
+        dist.all_reduce(median, dist.ReduceOp.MAX, group=self.exchange.group)
+        return float(median)
+
+    def _settle(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier(self.exchange.group)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def linears(dims: ModelDims, exchange: Exchange, timer: Timer, rows: list[int]) -> list[dict]:
+    step = Step(dims, exchange, timer.device)
+    found = []
+    for count in rows:
+        x = torch.randn(count, dims.hidden_size, device=timer.device).bfloat16()
+        step.running.rows = [count] * exchange.size
+        times = timer(lambda x=x: step(x))
+        found.append({"what": "linears", "rows": count, **times})
+        show(exchange, found[-1])
+    return found
+
+
+def exchanges(dims: ModelDims, exchange: Exchange, timer: Timer, rows: list[int]) -> list[dict]:
+    size, repeats = exchange.size, 50
+    layout = make_layout(dims, size, exchange.rank)
+    query = dims.num_heads // dims.num_kv_heads * dims.head_dim
+    heads = layout.splits[0].kv_heads
+    qkv = [count * (query + 2 * dims.head_dim) for count in heads]
+    out = [count * query for count in heads]
+    found = []
+    for count in rows:
+        every = [count] * size
+
+        def new(*shape: int) -> Tensor:
+            return torch.ones(*shape, device=timer.device, dtype=torch.bfloat16)
+
+        x, y = new(count, dims.hidden_size), new(count * size, dims.hidden_size)
+        part, packed = new(count * size, qkv[exchange.rank]), new(count * sum(out))
+        calls = {
+            "gather": lambda x=x, every=every: exchange.gather(x, every, qkv),
+            "to_tokens": lambda x=part, every=every: exchange.to_tokens(x, every, qkv),
+            "to_owners": lambda x=packed, every=every: exchange.to_owners(x, every, out),
+            "scatter_sum": lambda x=y, every=every: exchange.scatter_sum(x, every, qkv),
+        }
+        for name, call in calls.items():
+
+            def many(call=call) -> None:
+                for _ in range(repeats):
+                    call()
+
+            times = {key: ms / repeats for key, ms in timer(many, 10).items()}
+            found.append({"what": name, "rows": count, **times})
+            show(exchange, found[-1])
+    return found
+
+
+def show(exchange: Exchange, row: dict) -> None:
+    if exchange.rank == 0:
+        times = "  ".join(f"{key} {row[key]:9.4f} ms" for key in ("graph", "eager") if key in row)
+        print(f"{row['what']:12} {row['rows']:5} rows a rank  {times}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="+", choices=["linears", "exchanges"])
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-32b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 256, 512])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+    exchange = Exchange(None)
+    timer = Timer(exchange, device)
+    dims = SHAPES[args.shape]
+    if args.layers:
+        dims = ModelDims(args.layers, *list(vars(dims).values())[1:])
+    name = torch.cuda.get_device_name() if gpu else "CPU"
+    if exchange.rank == 0:
+        print(f"{exchange.size}x {name}, torch {torch.__version__}, {args.shape} {dims}")
+    results = []
+    for what in args.what:
+        run = linears if what == "linears" else exchanges
+        results += run(dims, exchange, timer, args.rows)
+    if args.json and exchange.rank == 0:
+        record = {
+            "device": f"{exchange.size}x {name}",
+            "torch": torch.__version__,
+            "shape": args.shape,
+            "results": results,
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
