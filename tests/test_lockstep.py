@@ -1,0 +1,52 @@
+"""Votes for common steps, between threads."""
+
+import random
+import threading
+
+import pytest
+
+from torch_pd.board import Board
+from torch_pd.engine.lockstep import CommonStep, Lockstep
+
+
+def vote(boards, votes):
+    """What each rank's `agree` gives; ``votes`` holds (tokens, selected, decoding, busy)."""
+    found = [None] * len(boards)
+
+    def run(rank):
+        tokens, selected, decoding, busy = votes[rank]
+        lockstep = Lockstep(boards[rank])
+        found[rank] = lockstep.agree(tokens, selected, decoding=decoding, busy=busy)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(boards))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(one == found[0] for one in found)
+    return found[0]
+
+
+@pytest.fixture
+def boards():
+    first = Board("", 0, 3)
+    return [first, *(Board(first.name, rank, 3) for rank in (1, 2))]
+
+
+def test_a_step_is_what_the_ranks_bring(boards):
+    decode, idle = (5, 5, True, True), (0, 0, True, False)
+    prefill = (8192, 1, False, True)
+    assert vote(boards, [decode, idle, decode]) == CommonStep((5, 0, 5), (5, 0, 5), True)
+    assert vote(boards, [decode, prefill, idle]) == CommonStep((5, 8192, 0), (5, 1, 0), False)
+    # A rank that has nothing yet but sees requests in the queue keeps all going.
+    assert vote(boards, [idle, (0, 0, True, True), idle]) == CommonStep((0,) * 3, (0,) * 3, True)
+    assert vote(boards, [idle] * 3) is None
+
+
+def test_many_votes_in_a_row(boards):
+    dice = random.Random(0)
+    for _ in range(30):
+        votes = [(dice.randrange(1 << 20), dice.randrange(9), True, True) for _ in boards]
+        step = vote(boards, votes)
+        assert step.tokens == tuple(each[0] for each in votes)
+        assert step.selected == tuple(each[1] for each in votes)
