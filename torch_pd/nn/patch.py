@@ -153,7 +153,7 @@ def new_pool(model: PreTrainedModel, num_pages: int, block_size: int | None = No
     state = patch_state(model)
     shape = state.shape(block_size)
     sizes = (shape.num_layers, shape.block_size, shape.num_kv_heads, shape.head_dim)
-    return KVPool(num_pages, *sizes, state.call.dtype, model.device)
+    return KVPool(num_pages, *sizes, state.call.dtype, device_of(model))
 
 
 @torch.no_grad()
@@ -179,6 +179,12 @@ def forward_packed(
     assert input_ids.shape[0] == positions.shape[0] == batch.num_tokens
     output = generate.run(state, model, pool, batch, positions, select, input_ids=input_ids[None])
     return output.logits[0]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model runs: as its parameters, but for those on meta (their values are pooled)."""
+    devices = [parameter.device for parameter in model.parameters()]
+    return next((device for device in devices if device.type != "meta"), devices[0])
 
 
 def patch_state(model: nn.Module) -> PatchState:

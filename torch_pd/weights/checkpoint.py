@@ -224,7 +224,8 @@ class _Reader:
 
     def _buffer(self, nbytes: int) -> Tensor:
         """Bytes that no copy reads any more; the other buffer stays as it is."""
-        self.turn ^= 1
+        if self.pinned:  # else nothing is ever on its way, and one buffer does
+            self.turn ^= 1
         event, buffer = self.events[self.turn], self.buffers[self.turn]
         if event is not None:
             event.synchronize()

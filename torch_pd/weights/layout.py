@@ -45,6 +45,14 @@ class ModelDims:
             "embedding": (self.vocab_size, self.hidden_size),
         }[linear]
 
+    def part_rows(self, linear: str) -> dict[str, int]:
+        """Rows of the parts of a merged matrix, in their order: q, k, v or gate, up."""
+        if linear == "qkv":
+            q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+            return {"q": q, "k": kv, "v": kv}
+        assert linear == "gate_up"
+        return dict.fromkeys(("gate", "up"), self.intermediate_size)
+
 
 @dataclass(frozen=True)
 class ShardSplit:
@@ -143,13 +151,13 @@ class Layout:
         split, dims = self.splits[layer], self.dims
         if linear == "qkv":
             first, count = sum(split.kv_heads[:owner]), split.kv_heads[owner]
-            group = dims.num_heads // dims.num_kv_heads * dims.head_dim
-            sizes = {"q": group, "k": dims.head_dim, "v": dims.head_dim}
+            units = dims.num_kv_heads
         else:
             first, count = sum(split.mlp[:owner]), split.mlp[owner]
-            sizes = {"gate": 1, "up": 1}
+            units = dims.intermediate_size
         segments, at = [], 0
-        for part, size in sizes.items():
+        for part, rows in dims.part_rows(linear).items():
+            size = rows // units
             segments.append(Segment(part, (first * size, (first + count) * size), at))
             at += count * size
         return tuple(segments)

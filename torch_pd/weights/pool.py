@@ -119,13 +119,9 @@ class WeightPool:
 
     def _by_shard(self, linear: str, layer: int, bias: Tensor) -> tuple[Tensor, Tensor]:
         """A merged bias in shard-block order, and this rank's part of it."""
-        dims = self.layout.dims
-        q, kv, mlp = (
-            dims.num_heads * dims.head_dim,
-            dims.num_kv_heads * dims.head_dim,
-            dims.intermediate_size,
-        )
-        starts = {"q": 0, "k": q, "v": q + kv, "gate": 0, "up": mlp}
+        starts, at = {}, 0
+        for part, rows in self.layout.dims.part_rows(linear).items():
+            starts[part], at = at, at + rows
         full = torch.cat(
             [
                 bias[

@@ -1,4 +1,4 @@
-"""Slice: a part of a tensor by name, and the memory it goes to; Source: what can fill slices."""
+"""Slice: a part of a tensor by name, and the memory it goes to; Filler: what can fill slices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ class Slice:
         return cls(name, tuple(target.shape), (0, matrix.shape[0]), (0, cols), matrix)
 
 
-class Source(Protocol):
-    """Where weights come from."""
+class Filler(Protocol):
+    """Where the values of weights come from."""
 
     def fill(self, slices: Sequence[Slice]) -> None:
         """Writes the targets; all of it is done when this returns."""
