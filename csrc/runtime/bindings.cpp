@@ -10,4 +10,7 @@ PYBIND11_MODULE(_runtime, m) {
   m.attr("HAS_CUDA") = false;
 #endif
   bind_board(m);
+  bind_host_memory(m);
+  bind_migrator(m);
+  bind_disk_file(m);
 }

@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from hashlib import blake2b
+from itertools import islice
 from struct import Struct
 
 
@@ -63,6 +64,9 @@ class PageAllocator:
         """Pages asked for by lookup."""
         self.num_hits = 0
         """Pages found by lookup."""
+        self.on_evict: Callable[[int, bytes], None] | None = None
+        """Called by allocate with (page, digest) of content that it gives up, while the page still
+        holds it."""
         self._refcount = [0] * num_pages
         self._blank = list(range(num_pages - 1, 0, -1))  # free without content; taken from the end
         self._cached: OrderedDict[int, None] = OrderedDict()  # free with content; oldest first
@@ -83,6 +87,11 @@ class PageAllocator:
     def num_used(self) -> int:
         """Pages with a reference count above 0."""
         return self.num_usable - self.num_free
+
+    @property
+    def num_blank(self) -> int:
+        """Free pages without content."""
+        return len(self._blank)
 
     @property
     def num_cached(self) -> int:
@@ -115,7 +124,10 @@ class PageAllocator:
                 page = self._blank.pop()
             else:
                 page, _ = self._cached.popitem(last=False)
-                del self._page_of[self._digest_of.pop(page)]
+                digest = self._digest_of.pop(page)
+                del self._page_of[digest]
+                if self.on_evict is not None:
+                    self.on_evict(page, digest)
             self._refcount[page] = 1
             pages.append(page)
         return pages
@@ -173,6 +185,20 @@ class PageAllocator:
         self._digest_of[page] = digest
         return True
 
+    def holds(self, digest: bytes) -> bool:
+        """Whether ``lookup`` would find this digest."""
+        return digest in self._page_of
+
+    def refresh(self, digest: bytes) -> None:
+        """Puts a free page that is held under this digest to the end of the order of eviction."""
+        page = self._page_of[digest]
+        if page in self._cached:
+            self._cached.move_to_end(page)
+
+    def next_evicted(self, n: int) -> list[tuple[int, bytes]]:
+        """(page, digest) of the ``n`` cached pages that are evicted next, in order."""
+        return [(page, self._digest_of[page]) for page in islice(self._cached, n)]
+
     def peek(self, digests: Iterable[bytes]) -> list[int]:
         """The pages ``lookup`` would return, without taking them and without counting."""
         pages = []
@@ -183,15 +209,17 @@ class PageAllocator:
             pages.append(page)
         return pages
 
-    def lookup(self, digests: Sequence[bytes]) -> list[int]:
-        """Takes the longest cached prefix of ``digests``: its pages, one reference more on each."""
+    def lookup(self, digests: Sequence[bytes], *, count: bool = True) -> list[int]:
+        """Takes the longest cached prefix of ``digests``: its pages, one reference more on each.
+        ``count``: as a lookup of the prefix cache in num_lookups and num_hits."""
         pages = self.peek(digests)
         for page in pages:
             if self._refcount[page] == 0:
                 del self._cached[page]
             self._refcount[page] += 1
-        self.num_lookups += len(digests)
-        self.num_hits += len(pages)
+        if count:
+            self.num_lookups += len(digests)
+            self.num_hits += len(pages)
         return pages
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
