@@ -14,7 +14,7 @@ GPU, HOST, RECORDS = 7, 6, 4
 
 def digest(name: int, count: int) -> list[bytes]:
     """Digests of a chain of pages."""
-    return [b"%d.%d" % (name, i) for i in range(count)]
+    return [f"{name}.{i}".encode() for i in range(count)]
 
 
 class World:
@@ -80,7 +80,7 @@ class World:
         pages, hits = self.tiers.take(digests, wanted)
         assert hits == len(on_gpu) + len(on_host)
         self.step(True)  # arrival
-        contents = [*digests, *(["private %d.%d" % key] * part)]
+        contents = [*digests, *([f"private {key}"] * part)]
         for i in range(full):
             if i < hits:
                 assert self.pools[True][pages[i]] == contents[i], "a hit holds something else"
