@@ -48,7 +48,7 @@ class DiskTier:
         path = os.path.join(folder, f"torch_pd_kv_{secrets.token_hex(8)}")
         try:
             self._file = _runtime.DiskFile(path, host.page_bytes, num_records, THREADS)
-        except RuntimeError as error:
+        except OSError as error:
             raise ValueError(
                 f"{setting}: cannot make a file of {nbytes / GIB:.2f} GiB ({error})"
             ) from error
