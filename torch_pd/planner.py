@@ -288,8 +288,8 @@ def kv_shape_of(shape: ModelShape, settings: EngineConfig) -> KVShape:
 
 
 def default_ring_bytes(shape: ModelShape) -> int:
-    """A layer and its largest linear: while one layer is used the next can land."""
-    return (shape.layer_params // shape.num_layers + shape.largest_linear) * shape.itemsize
+    """Two layers (see `weights.ring`)."""
+    return 2 * shape.layer_params // shape.num_layers * shape.itemsize
 
 
 def memory_of(mode: str, shape: ModelShape, settings: EngineConfig, shards: int) -> dict[str, int]:

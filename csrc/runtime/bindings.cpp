@@ -13,4 +13,6 @@ PYBIND11_MODULE(_runtime, m) {
   bind_host_memory(m);
   bind_migrator(m);
   bind_disk_file(m);
+  bind_peer_memory(m);
+  bind_puller(m);
 }
