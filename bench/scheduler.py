@@ -40,7 +40,7 @@ def build(load: str, caching: bool, running: int, waiting: int, steps: int) -> S
         max_model_len=long + 1,
     )
     for i, n in enumerate(prompts):
-        output = rng.randrange(1, 400) if load == "churn" else 10**6
+        output = rng.randrange(50, 350) if load == "churn" else 10**6
         length = long if load == "blocked" and i == running else n
         ids = [rng.randrange(50_000) for _ in range(length)]
         scheduler.add(Sequence(str(i), ids, max_total_len=min(n + output, long + 1)))

@@ -18,10 +18,12 @@ def next_token(token_ids, salt):
     return zlib.crc32(np.array([salt, *token_ids], np.int32).tobytes()) % 50_000
 
 
-def alone(prompt, salt, num_output):
+def alone(prompt, salt, num_output, stop_every=0):
     ids = list(prompt)
     for _ in range(num_output):
         ids.append(next_token(ids, salt))
+        if stop_every and ids[-1] % stop_every == 0:
+            break
     return ids
 
 
@@ -36,10 +38,18 @@ def make(usable, block_size=4, seqs=8, tokens=64, length=256, caching=False):
 
 
 class FakeModel:
-    """Runs plans on simulated pages; ``data`` of a sequence is (salt, tokens to sample, forks)."""
+    """Runs plans on simulated pages; ``data`` of a sequence is (salt, tokens to sample, forks).
 
-    def __init__(self, scheduler):
+    With ``overlap`` a plan is scheduled and run before the tokens of the one before are told. A
+    multiple of ``stop_every`` (0: none) is a stop token.
+    """
+
+    def __init__(self, scheduler, overlap=False, stop_every=0):
         self.scheduler = scheduler
+        self.stop_every = stop_every
+        self.overlap = overlap
+        self.under_way = None  # a plan that ran, and its tokens
+        self.sampled: list[int] = []  # by the last plan that ran
         self.pages: dict[int, list] = {}
         self.children: list[Sequence] = []
         self.left_out: dict[int, int] = {}
@@ -56,7 +66,8 @@ class FakeModel:
         before = {seq.seq_id for seq in s._running.seqs}
         plan = s.schedule()
         s.check()
-        assert plan.seqs or plan.failed or not s.has_unfinished, "no work although some is left"
+        idle = not plan.seqs and not plan.failed
+        assert not idle or not s.has_unfinished or self.under_way, "no work although some is left"
         assert plan.num_tokens == plan.counts.sum() <= s.max_num_batched_tokens
         assert s.num_running <= s.max_num_seqs
         waiting = s._waiting.check()
@@ -66,7 +77,9 @@ class FakeModel:
         for seq in running:
             if seq.seq_id not in before:
                 assert all(other.order > seq.order for other in waiting), "overtook an older one"
-            served = seq in plan.seqs
+            tokens = int(s.tables.num_tokens[seq.row])
+            over = tokens >= seq.max_total_len or tokens > s._most_tokens
+            served = seq in plan.seqs or over
             streak = self.left_out[seq.seq_id] = (
                 0 if served else self.left_out.get(seq.seq_id, 0) + 1
             )
@@ -84,11 +97,12 @@ class FakeModel:
         for source, target in plan.copies:
             self.pages[target] = list(self.pages[source])
         written = set()
-        for seq, row, start, count in zip(
-            plan.seqs, plan.rows, plan.starts, plan.counts, strict=True
+        for seq, row, start, count, source in zip(
+            plan.seqs, plan.rows, plan.starts, plan.counts, plan.sources, strict=True
         ):
             assert row == seq.row
             assert count >= 1
+            assert source < 0 or (count == 1 and start == len(seq.token_ids))
             for position in range(start, start + count):
                 page = s.block_tables[row, position // size]
                 slot = (page, position % size)
@@ -96,17 +110,26 @@ class FakeModel:
                 assert slot not in written, "two sequences write to one slot"
                 assert s.allocator.refcount(int(page)) == 1, "wrote to a shared page"
                 written.add(slot)
-                self.pages.setdefault(page, [None] * size)[slot[1]] = seq.token_ids[position]
+                token = self.sampled[source] if source >= 0 else seq.token_ids[position]
+                self.pages.setdefault(page, [None] * size)[slot[1]] = token
         tokens = []
-        for seq, row, end, samples in zip(
-            plan.seqs, plan.rows, plan.starts + plan.counts, plan.samples, strict=True
+        for seq, row, end, samples, source in zip(
+            plan.seqs,
+            plan.rows,
+            plan.starts + plan.counts,
+            plan.samples,
+            plan.sources,
+            strict=True,
         ):
             table = s.block_tables[row, : -(-end // size)]
             seen = [token for page in table for token in self.pages[page]][:end]
-            assert seen == seq.token_ids[:end]
-            assert samples == (end == len(seq.token_ids))
+            known = len(seq.token_ids)
+            assert seen[:known] == seq.token_ids[:end]
+            assert samples == (end == known + (source >= 0))
             if samples:
+                assert plan.positions[len(tokens)] == end - seq.num_prompt
                 tokens.append(next_token(seen, seq.data[0]))
+        self.sampled = tokens
         return tokens
 
     def finish_step(self, plan, tokens):
@@ -114,33 +137,46 @@ class FakeModel:
         s.update(plan, tokens)
         sampled = [q for q, x in zip(plan.seqs, plan.samples, strict=True) if x]
         for seq in sampled:
-            if seq.status is not Status.RUNNING:
+            if seq.status not in (Status.RUNNING, Status.WAITING):
                 continue  # aborted in flight
             salt, num_output, forks = seq.data
-            assert s.tables.last_token[seq.row] == seq.token_ids[-1]
+            if seq.status is Status.RUNNING:
+                assert s.tables.last_token[seq.row] == seq.token_ids[-1]
             if forks and seq.num_output == 1:
                 for i, child in enumerate(s.fork(seq, forks)):
                     child.data = (salt + i + 1, num_output, 0)
                     self.children.append(child)
-            if seq.at_length_limit:
+            stopped = self.stop_every and seq.token_ids[-1] % self.stop_every == 0
+            if seq.at_length_limit or stopped:
                 s.finish(seq)
         s.check()
 
     def step(self):
         plan = self.schedule()
-        self.finish_step(plan, self.run(plan))
+        result = plan, self.run(plan)
+        if self.overlap:
+            result, self.under_way = self.under_way, result if plan.seqs else None
+        if result is not None:
+            self.finish_step(*result)
         return plan
+
+    def settle(self):
+        """Tells the tokens of the plan under way."""
+        if self.under_way is not None:
+            result, self.under_way = self.under_way, None
+            self.finish_step(*result)
 
     def drain(self, limit=10_000):
         for steps in range(limit):
             if not self.scheduler.has_unfinished:
+                self.settle()
                 return steps
             self.step()
         raise AssertionError(f"unfinished after {limit} steps")
 
     def verify(self, seq):
         salt, num_output, _ = seq.data
-        expected = alone(seq.token_ids[: seq.num_prompt], salt, num_output)
+        expected = alone(seq.token_ids[: seq.num_prompt], salt, num_output, self.stop_every)
         assert seq.token_ids == expected[: len(seq.token_ids)]
         if seq.status is Status.FAILED:
             s = self.scheduler

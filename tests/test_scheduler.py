@@ -65,12 +65,16 @@ def test_misuse_is_caught():
     with pytest.raises(AssertionError, match="added before"):
         s.add(seq)
     plan = s.schedule()
+    late = s.schedule()
     with pytest.raises(AssertionError, match="update"):
         s.schedule()
     with pytest.raises(AssertionError, match=r"\(2,\) tokens for 1"):
         s.update(plan, [1, 2])
-    with pytest.raises(AssertionError, match=r"fork\(\) belongs after"):
+    with pytest.raises(AssertionError, match="not the plan under way"):
+        s.update(late, [1])
+    with pytest.raises(ValueError, match="cannot be forked"):
         s.fork(seq, 1)
+    s.cancel(late)
     s.update(plan, [7])
     with pytest.raises(AssertionError, match="not the plan under way"):
         s.update(plan, [7])

@@ -18,9 +18,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         seqs=st.integers(1, 5),
         tokens=st.sampled_from([1, 2, 3, 7, 64]),
         caching=st.booleans(),
+        overlap=st.booleans(),
+        stop_every=st.sampled_from([0, 4, 16]),
     )
-    def start(self, usable, block_size, seqs, tokens, caching):
-        self.model = FakeModel(make(usable, block_size, seqs, tokens, 40, caching))
+    def start(self, usable, block_size, seqs, tokens, caching, overlap, stop_every):
+        scheduler = make(usable, block_size, seqs, tokens, 40, caching)
+        self.model = FakeModel(scheduler, overlap, stop_every)
         self.scheduler = self.model.scheduler
         self.seqs: list[Sequence] = []
 
@@ -53,6 +56,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data, in_flight):
         plan = None
         if in_flight:
+            self.model.settle()
             plan = self.model.schedule()
             tokens = self.model.run(plan)
         seq = data.draw(st.sampled_from(self.seqs + self.model.children))
@@ -69,7 +73,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         # The oldest is never preempted and served at least every max_num_seqs steps.
         everyone = self.seqs + [c for s in self.seqs for c in [s] * s.data[2]]
         work = sum(s.num_prompt + s.data[1] for s in everyone + self.model.children)
-        self.model.drain(limit=work * self.scheduler.max_num_seqs + 1)
+        # Overlapped, a sequence ends a step later.
+        self.model.drain(limit=(work + len(everyone)) * self.scheduler.max_num_seqs + 2)
         for seq in self.seqs + self.model.children:
             assert seq.status in (Status.FINISHED, Status.FAILED)
             self.model.verify(seq)

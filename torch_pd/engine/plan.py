@@ -24,6 +24,13 @@ class Plan:
     """int64, at least 1."""
     samples: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     """bool."""
+    sources: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64: where the one input token is still being sampled, its place among the samples of the
+    plan before this one; -1 where all input tokens are known."""
+    positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64, output tokens before the one drawn here, those under way included."""
+    stale: bool = False
+    """A sequence of it ended or was preempted since."""
     copies: list[tuple[int, int]] = field(default_factory=list)
     """(from, to) pages to copy whole before the step, in any order."""
     preempted: list[Sequence] = field(default_factory=list)

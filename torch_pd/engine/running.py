@@ -38,7 +38,7 @@ class Running:
         return self._rows
 
     def share(self, wanted: np.ndarray, budget: int) -> np.ndarray:
-        """Deals ``budget`` tokens out: int64 [num_running], each at most ``wanted`` (at least 1).
+        """Deals ``budget`` tokens out: int64 [num_running], each at most ``wanted``.
 
         Oldest first if all get some; otherwise the next call begins with the first one left out.
         """
@@ -48,8 +48,9 @@ class Running:
         first = bisect_left(self.seqs, turn, key=_order) if turn else 0
         rolled = np.roll(wanted, -first)
         given = np.clip(budget - (np.cumsum(rolled) - rolled), 0, rolled)
-        if not given.all():
-            left_out = int(np.argmin(given))
+        missed = (given == 0) & (rolled > 0)
+        if missed.any():
+            left_out = int(np.argmax(missed))
             self._turn = self.seqs[(first + left_out) % len(self.seqs)].order
         return np.roll(given, first)
 

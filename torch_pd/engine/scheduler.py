@@ -13,11 +13,16 @@ Integers only, no torch. The whole policy:
    the newest; so none ever gives way to a newer one and the oldest always goes on. The preempted
    one gives up its pages, waits at its old place (before all later arrivals) and later computes
    prompt and output again. A sequence that outgrows the whole pool fails.
-5. ``fork`` (n > 1) shares the prompt's pages. A child computes the last prompt token again and so
+5. A step may be planned before the tokens of the one under way are known: a sequence counts as
+   computed and one token longer from schedule() on, and the plan says where its input token will
+   come from. One that ends with a token under way (a stop token) so costs a wasted row; one at its
+   length limit is not planned again. Only sequences whose tokens are all known are admitted.
+6. ``fork`` (n > 1) shares the prompt's pages. A child computes the last prompt token again and so
    draws its own first token; whoever writes to a page that others hold too gets a copy first
    (``Plan.copies``). A child without a row waits without pages, as if it were preempted.
 """
 
+from collections import Counter, deque
 from collections.abc import Sequence as ListLike
 from itertools import compress
 
@@ -35,7 +40,9 @@ class Scheduler:
     """Continuous batching with chunked prefill over one page pool.
 
     The caller repeats: ``plan = schedule()``, run it, ``update(plan, tokens)``, then ``fork`` and
-    ``finish`` as the tokens ask. ``add`` and ``abort`` may come at any time between these calls.
+    ``finish`` as the tokens ask. It may schedule one plan more before it updates the last one;
+    plans are run and updated in their order. ``add`` and ``abort`` may come at any time between
+    these calls. A sequence at its length limit (`Sequence.at_length_limit`) must be finished.
 
     ``tables`` has a row for each running sequence, from which the runner gathers its tensors.
 
@@ -80,8 +87,7 @@ class Scheduler:
         self._running = Running()
         self._waiting = Waiting()
         self._blocked: tuple[Sequence | None, int] = None, 0  # did not fit into so many free pages
-        self._flying: Plan | None = None  # between schedule and update
-        self._ended_in_flight = False
+        self._flying: deque[Plan] = deque()  # between schedule and update, at most two
 
     @property
     def num_running(self) -> int:
@@ -137,18 +143,18 @@ class Scheduler:
         children hold the prompt only; ``data`` is the parent's, for the engine to replace.
 
         Raises:
-            ValueError: the parent does not run, or has not just sampled its first token.
+            ValueError: the parent has ended, or has not just sampled its first token.
         """
-        assert self._flying is None, "fork() belongs after update()"
-        computed = parent.num_prompt
-        ready = parent.status is Status.RUNNING and parent.num_output == 1
-        if not ready or self.tables.num_computed[parent.row] != computed:
+        live = parent.status in (Status.RUNNING, Status.WAITING)
+        if not live or parent.num_output != 1:
             raise ValueError(
                 f"{parent} cannot be forked: it must have just sampled its first token"
             )
-        # All but the last prompt token are taken over: the child needs that one's logits.
-        computed -= 1
+        # All but the last prompt token are taken over: the child needs that one's logits. A parent
+        # that the next plan preempted has nothing to share.
+        computed = parent.num_prompt - 1
         shared = parent.pages[: self._pages_for(computed)]
+        runs = parent.status is Status.RUNNING
         prompt = parent.token_ids[: parent.num_prompt]
         children = []
         for _ in range(n):
@@ -157,7 +163,7 @@ class Scheduler:
             child.digests = parent.digests[: parent.num_prompt // self.block_size]
             child.num_cached = parent.num_cached
             self._register(child, arrival=parent.order[0])
-            if self.tables.free_rows:
+            if runs and self.tables.free_rows:
                 self.allocator.fork(shared)
                 self._run(child, list(shared), computed)
                 self.tables.forked[child.row] = self.tables.forked[parent.row] = True
@@ -178,54 +184,93 @@ class Scheduler:
         return seq
 
     def schedule(self) -> Plan:
-        """The next step. It holds work or failures whenever a sequence waits or runs.
+        """The next step. Without a step under way it holds work or failures whenever a sequence
+        waits or runs; with one it may be empty, because all that is left waits for its tokens.
 
-        Pages are taken and block tables written here; ``num_computed`` and the tokens change only
-        in update(), so a later step could be planned on placeholders before the tokens are known.
+        Pages are taken, block tables written and tokens counted here; update() tells their values.
         """
-        assert self._flying is None, "update() the last plan first"
+        assert len(self._flying) < 2, "update() the oldest plan first"
         plan = self._plan_running()
         while plan.preempted and not plan.seqs and self._running.seqs:
             # The only ones whose turn it was gave way, so it is the others' turn at once.
             again = self._plan_running()
+            stuck = not again.preempted
             again.preempted[:0], again.failed[:0] = plan.preempted, plan.failed
             plan = again
+            if stuck:
+                break
         if not plan.preempted:
             self._admit(plan)
         if plan.seqs:
-            plan.samples = plan.starts + plan.counts == self.tables.num_tokens[plan.rows]
-            self._flying = plan
+            self._launch(plan)
         return plan
 
+    def _launch(self, plan: Plan) -> None:
+        """Rule 5: counts the plan as run, its samples as tokens."""
+        tables, rows = self.tables, plan.rows
+        ends = plan.starts + plan.counts
+        plan.samples = ends == tables.num_tokens[rows]
+        plan.sources = tables.source[rows]
+        sampling = rows[plan.samples]
+        plan.positions = tables.num_tokens[sampling] - tables.num_prompt[sampling]
+        tables.num_computed[rows] = ends
+        tables.num_tokens[sampling] += 1
+        self._flying.append(plan)
+        self._find_sources()
+
+    def _find_sources(self) -> None:
+        """Which rows wait for which sample of the newest plan under way."""
+        source = self.tables.source
+        source.fill(-1)
+        if not self._flying:
+            return
+        plan = self._flying[-1]
+        places = np.arange(plan.num_samples)
+        if plan.stale:
+            alive = np.fromiter((s.status is Status.RUNNING for s in plan.seqs), bool)
+            source[plan.rows[plan.samples & alive]] = places[alive[plan.samples]]
+        else:
+            source[plan.rows[plan.samples]] = places
+
     def cancel(self, plan: Plan) -> None:
-        """Forgets a plan that could not be run: nothing of it counts as computed.
+        """Forgets the newest plan, which could not be run: nothing of it counts as computed.
 
         Its copies may not have been made, so the caller then ends its sequences.
         """
-        assert plan is self._flying or not plan.seqs, "this is not the plan under way"
-        self._flying, self._ended_in_flight = None, False
+        assert not plan.seqs or (self._flying and plan is self._flying[-1]), (
+            "this is not the plan under way"
+        )
+        if plan.seqs:
+            self._flying.pop()
+            alive = np.fromiter((s.status is Status.RUNNING for s in plan.seqs), bool)
+            self.tables.num_computed[plan.rows[alive]] = plan.starts[alive]
+            self.tables.num_tokens[plan.rows[alive & plan.samples]] -= 1
+            self._find_sources()
 
     def update(self, plan: Plan, sampled_tokens: ListLike[int] | np.ndarray) -> None:
-        """Records that a plan was run.
+        """Records the tokens that a plan sampled.
 
         Args:
-            plan: of the last schedule().
+            plan: the oldest one of schedule() that was not updated yet.
             sampled_tokens: [plan.num_samples], in the order of ``seqs`` where ``samples``. Those
                 of sequences that ended meanwhile are dropped.
         """
         tokens = np.asarray(sampled_tokens, np.int64)
         assert tokens.shape == (plan.num_samples,), f"{tokens.shape} tokens for {plan.num_samples}"
-        assert plan is self._flying or not plan.seqs, "this is not the plan under way"
-        self._flying = None
+        if not plan.seqs:
+            return
+        assert self._flying and plan is self._flying[0], "this is not the plan under way"
+        self._flying.popleft()
         seqs, rows, starts, samples = plan.seqs, plan.rows, plan.starts, plan.samples
         ends = starts + plan.counts
-        if self._ended_in_flight:
-            self._ended_in_flight = False
+        if plan.stale:
             alive = np.fromiter((s.status is Status.RUNNING for s in seqs), bool, len(seqs))
+            for seq, token in zip(compress(seqs, samples.tolist()), tokens.tolist(), strict=True):
+                if seq.status is Status.WAITING:  # preempted meanwhile: it keeps its token
+                    seq.token_ids.append(token)
             tokens = tokens[alive[samples]]
             seqs = list(compress(seqs, alive.tolist()))
             rows, starts, ends, samples = rows[alive], starts[alive], ends[alive], samples[alive]
-        self.tables.num_computed[rows] = ends
         if self.allocator.enable_prefix_caching:
             before, after = starts // self.block_size, ends // self.block_size
             for i in np.flatnonzero(after > before).tolist():
@@ -237,20 +282,25 @@ class Scheduler:
             seqs, rows = list(compress(seqs, samples.tolist())), rows[samples]
         for seq, token in zip(seqs, tokens.tolist(), strict=True):
             seq.token_ids.append(token)
-        self.tables.num_tokens[rows] += 1
         self.tables.last_token[rows] = tokens
+        if not self._flying:
+            self.tables.source[rows] = -1
 
     def _plan_running(self) -> Plan:
         """Rules 2 and 4: shares the tokens out, finds pages, preempts."""
         running, tables = self._running.seqs, self.tables
-        outgrown = tables.num_tokens[self._running.rows] > self._most_tokens
+        rows = self._running.rows
+        outgrown = (tables.num_tokens[rows] > self._most_tokens) & (tables.source[rows] < 0)
         failed = [self._fail(seq) for seq in list(compress(running, outgrown.tolist()))]
         rows = self._running.rows
-        starts = tables.num_computed[rows]
-        counts = self._running.share(tables.num_tokens[rows] - starts, self.max_num_batched_tokens)
+        starts, tokens = tables.num_computed[rows], tables.num_tokens[rows]
+        # One at a limit ends as soon as its last token is known.
+        over = (tokens >= tables.limit[rows]) | (tokens > self._most_tokens)
+        wanted = np.where(over, 0, tokens - starts)
+        counts = self._running.share(wanted, self.max_num_batched_tokens)
         ends = starts + counts
         copies: list[tuple[int, int]] = []
-        preempted = []
+        preempted: list[Sequence] = []
         # Few sequences need a page or a copy in a step; only those cost a turn in Python.
         short = (ends > tables.capacity[rows]) | tables.forked[rows]
         for i in np.flatnonzero(short & (counts > 0)).tolist():
@@ -258,12 +308,8 @@ class Scheduler:
                 break  # preempted, and so is all behind it
             seq, start, end = running[i], int(starts[i]), int(ends[i])
             while not self._grow(seq, start, end, copies):
-                victim = running[-1]
-                self._release(victim)
-                victim.num_preemptions += 1
-                self._waiting.push(victim)
-                preempted.append(victim)
-                if victim is seq:
+                preempted.append(self._preempt())
+                if preempted[-1] is seq:
                     break
         if preempted:
             rows, starts, counts = (a[: len(running)] for a in (rows, starts, counts))
@@ -275,6 +321,14 @@ class Scheduler:
         plan = Plan(seqs, rows, starts, counts)
         plan.copies, plan.preempted, plan.failed = copies, preempted, failed
         return plan
+
+    def _preempt(self) -> Sequence:
+        """Chooses the sequence that gives way, takes its pages and queues it again."""
+        victim = self._running.seqs[-1]
+        self._release(victim)
+        victim.num_preemptions += 1
+        self._waiting.push(victim)
+        return victim
 
     def _grow(self, seq: Sequence, start: int, end: int, copies: list[tuple[int, int]]) -> bool:
         """Gets the pages that computing tokens start .. end needs; False if too few are free."""
@@ -362,6 +416,9 @@ class Scheduler:
         self._running.add(seq)
 
     def _release(self, seq: Sequence) -> None:
+        """Takes the row and the pages of a sequence that ends or gives way."""
+        for plan in self._flying:
+            plan.stale = True  # perhaps it holds the sequence: looking would cost more
         self._running.remove(seq)
         self.allocator.free(self.tables.give_back(seq))
 
@@ -383,12 +440,14 @@ class Scheduler:
             self._waiting.note_ended()
         else:
             self._release(seq)
-            self._ended_in_flight = self._flying is not None
 
     def check(self) -> None:
         """Raises AssertionError if a page or row is lost or used twice, or a table is wrong."""
         running = self._running.check()
         self.allocator.check([seq.pages for seq in running])
-        self.tables.check(running)
+        under_way = Counter(
+            seq for plan in self._flying for seq in compress(plan.seqs, plan.samples.tolist())
+        )
+        self.tables.check(running, under_way)
         ids = sorted(seq.seq_id for seq in running + self._waiting.check())
         assert ids == sorted(self._seqs), f"{ids} run or wait, {sorted(self._seqs)} are known"

@@ -81,7 +81,7 @@ class Sequence:
 
     @property
     def num_output(self) -> int:
-        """Tokens sampled so far."""
+        """Tokens sampled and known so far."""
         return len(self.token_ids) - self.num_prompt
 
     @property

@@ -1,6 +1,6 @@
 """Tables: numpy rows of the running sequences, from which a step's tensors are gathered."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -23,11 +23,18 @@ class Tables:
         self.block_size = block_size
         self.block_tables = np.zeros((max_num_seqs, max_pages), np.int32)
         self.num_tokens = np.zeros(max_num_seqs, np.int64)
-        """Tokens known."""
+        """Tokens known or under way."""
         self.num_computed = np.zeros(max_num_seqs, np.int64)
-        """Tokens whose KV is in the pages."""
+        """Tokens whose KV is in the pages, or will be after the steps under way."""
         self.last_token = np.zeros(max_num_seqs, np.int64)
-        """The newest token: the input of a decoding step."""
+        """The newest token known: the input of a decoding step, unless ``source`` names another."""
+        self.source = np.full(max_num_seqs, -1, np.int64)
+        """Place of the newest token among the samples of the newest step under way; -1: known."""
+        self.num_prompt = np.zeros(max_num_seqs, np.int64)
+        self.limit = np.zeros(max_num_seqs, np.int64)
+        """Tokens at which the sequence ends (max_total_len)."""
+        self.seq_id = np.full(max_num_seqs, -1, np.int64)
+        """Whose row it is or was."""
         self.capacity = np.zeros(max_num_seqs, np.int64)
         """Tokens that the pages have room for."""
         self.forked = np.zeros(max_num_seqs, bool)
@@ -42,6 +49,10 @@ class Tables:
         self.num_tokens[row] = len(seq.token_ids)
         self.num_computed[row] = num_computed
         self.last_token[row] = seq.token_ids[-1]
+        self.source[row] = -1
+        self.num_prompt[row] = seq.num_prompt
+        self.limit[row] = seq.max_total_len
+        self.seq_id[row] = seq.seq_id
         self.capacity[row] = len(pages) * self.block_size
         self.forked[row] = False
 
@@ -66,20 +77,28 @@ class Tables:
         seq.row = -1
         return pages
 
-    def check(self, running: Iterable[Sequence]) -> None:
-        """Raises AssertionError if a row is lost or differs from its sequence."""
+    def check(self, running: Iterable[Sequence], under_way: Mapping[Sequence, int]) -> None:
+        """Raises AssertionError if a row is lost or differs from its sequence.
+
+        Args:
+            running: the sequences that have a row.
+            under_way: of each, the tokens that are being sampled (absent: none).
+        """
         running = list(running)
         rows = sorted([*self.free_rows, *(seq.row for seq in running)])
         assert rows == list(range(len(self.block_tables))), f"rows free or in use: {rows}"
         assert not self.block_tables[sorted(self.free_rows)].any(), "a free row names pages"
         for seq in running:
-            row, held, tokens = seq.row, len(seq.pages), len(seq.token_ids)
+            row, held = seq.row, len(seq.pages)
+            tokens = len(seq.token_ids) + under_way.get(seq, 0)
             table = self.block_tables[row]
             assert table[:held].tolist() == seq.pages, f"row {row} of sequence {seq.seq_id} differs"
             assert not table[held:].any(), f"row {row} names pages behind the last"
             found = (self.num_tokens[row], self.last_token[row], self.capacity[row])
             wanted = (tokens, seq.token_ids[-1], held * self.block_size)
             assert found == wanted, f"row {row}: tokens, last token, capacity {found} != {wanted}"
+            known = self.source[row] < 0
+            assert known or under_way.get(seq), f"row {row} waits for a token of no step"
             computed = self.num_computed[row]
             assert 0 <= computed < tokens, f"row {row}: {computed} of {tokens} tokens computed"
             assert computed <= self.capacity[row], f"row {row}: {computed} tokens, {held} pages"
