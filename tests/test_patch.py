@@ -325,7 +325,7 @@ def test_kv_shape():
     pool.pages.copy_(torch.arange(pool.pages.numel()).view(pool.pages.shape))
     assert torch.equal(v, pool.pages[:, 2, 1])
     before = pool.pages.clone()
-    pool.copy_within([(1, 3)])
+    pool.copy_within(torch.tensor([[1, 3]]))
     assert torch.equal(pool.pages[3], before[1])
     assert torch.equal(pool.pages[:3], before[:3])
 

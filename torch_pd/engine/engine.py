@@ -4,21 +4,24 @@ import logging
 import time
 import warnings
 from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
 from torch_pd import ops
 from torch_pd.config import EngineConfig
 from torch_pd.engine.detokenizer import Detokenizer
 from torch_pd.engine.draw import derive_seed
 from torch_pd.engine.inflight import InFlight, Output, Request
-from torch_pd.engine.runner import Runner
-from torch_pd.engine.sampler import Sampler, SamplingRow
+from torch_pd.engine.runner import NONE, Runner
+from torch_pd.engine.sampler import Sampler, SamplingRow, bad_logits
 from torch_pd.engine.scheduler import Plan, Scheduler
-from torch_pd.engine.sequence import Sequence
+from torch_pd.engine.sequence import Sequence, Status
+from torch_pd.engine.tickets import Ticket
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.nn.patch import is_patched, kv_shape, new_pool, patch_model, unpatch_model
 from torch_pd.request import Logprob, RequestOutput
@@ -35,6 +38,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+PromptRows = tuple[InFlight, int, int, int]
+"""A request, its first row among a plan's tokens, the position of that one, and how many rows."""
+
+
+@dataclass(slots=True)
+class UnderWay:
+    """A step that was launched and whose tokens were not looked at yet."""
+
+    plan: Plan
+    ticket: Ticket
+    prompt_rows: list[PromptRows]
+
 
 PROMPT_LOGPROB_TOKENS = 512
 """Tokens of a step while prompt log-probabilities are wanted: each needs a row of logits."""
@@ -119,15 +135,33 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.max_model_len,
         )
-        self.runner = Runner(model, self.pool, self.scheduler)
         self.eos_token_ids = _eos_token_ids(model, self.tokenizer)
         self.sampler = Sampler(self.vocab_size, self.eos_token_ids)
+        self.runner = Runner(
+            model, self.pool, self.scheduler, self.sampler, config.max_num_batched_tokens
+        )
+        self.overlap = True
+        """Steps are launched before the tokens of the last one are known; results are the same."""
+        self._under_way: UnderWay | None = None
+        if config.enforce_eager:
+            self.runner.no_graphs = "enforce_eager=True"
+        elif parameter.device.type == "cuda":
+            self.runner.capture()
         self._requests: dict[str, InFlight] = {}
         self._num_calls = 0
         self._num_requests = 0
         self._num_prompt_logprobs = 0
         self._counts = dict.fromkeys(
-            ("steps", "prompt_tokens", "output_tokens", "preemptions", "finished_requests"), 0
+            (
+                "steps",
+                "synchronous_steps",
+                "prompt_tokens",
+                "output_tokens",
+                "wasted_rows",
+                "preemptions",
+                "finished_requests",
+            ),
+            0,
         )
         self._seconds = 0.0
         self._decoded: dict[int, str] = {}
@@ -221,13 +255,12 @@ class Engine:
     def _forget(self, running: InFlight) -> None:
         del self._requests[running.request.request_id]
         self._num_prompt_logprobs -= running.prompt_logprobs is not None
-        if not self._requests:
-            self.scheduler.check()
 
     # Steps.
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step; outputs of requests that finished and of streamed ones that grew.
+        """Launches one step and takes in the one before; outputs of requests that finished and of
+        streamed ones that grew.
 
         Raises:
             RuntimeError: the step failed (logits with NaN, ...). Every request is dropped then, and
@@ -237,11 +270,9 @@ class Engine:
         try:
             grown = self._step()
         except BaseException:
-            for request_id in list(self._requests):
-                self.abort(request_id)
+            self._drop_all()
             raise
         self._seconds += time.perf_counter() - start
-        self._counts["steps"] += 1
         outputs = []
         for running in grown:
             finished = running.unfinished == 0
@@ -250,43 +281,89 @@ class Engine:
             if finished:
                 self._counts["finished_requests"] += 1
                 self._forget(running)
+        if not self._requests:
+            self._drain()
+            self.scheduler.check()
         return outputs
 
     def _step(self) -> list[InFlight]:
+        """Launches a step, then looks at the tokens of the one launched before it.
+
+        So the host prepares a step while the device runs the last one. A step that needs the host
+        for its choice (`choices.HOST`, prompt_logprobs) is waited for at once.
+        """
         scheduler, budget = self.scheduler, self.config.max_num_batched_tokens
         if self._num_prompt_logprobs:
             budget = min(budget, PROMPT_LOGPROB_TOKENS)
         scheduler.max_num_batched_tokens = budget
-        plan = scheduler.schedule()
+        with record_function("schedule"):
+            plan = scheduler.schedule()
         # max_model_len never exceeds the pool, so a sequence cannot outgrow it.
         assert not plan.failed, plan.failed[0].error
-        if not plan.seqs:
-            return []
-        try:
-            tokens, logprobs = self._run(plan)
-        except BaseException:
-            scheduler.cancel(plan)
-            raise
-        sampled = list(compress(plan.seqs, plan.samples.tolist()))
-        scheduler.update(plan, tokens)
         self._counts["preemptions"] += len(plan.preempted)
-        self._counts["output_tokens"] += len(sampled)
         grown: dict[str, InFlight] = {}
-        for sequence, token, entry in zip(sampled, tokens, logprobs, strict=True):
-            running = self._requests[sequence.request_id]
-            grown[sequence.request_id] = running
-            self._advance(running, sequence, token, entry)
+        launched = None
+        if plan.seqs:
+            self._counts["steps"] += 1
+            wanted = self._wanted_prompt_logprobs(plan)
+            extra = [np.arange(first, first + count) for _, first, _, count in wanted]
+            ticket = self.runner.launch(plan, extra=np.concatenate([NONE, *extra]))
+            launched = UnderWay(plan, ticket, wanted)
+        before, self._under_way = self._under_way, launched
+        if before is not None:
+            self._settle(before, grown)
+        if launched is not None and (launched.ticket.logits is not None or not self.overlap):
+            self._counts["synchronous_steps"] += launched.ticket.logits is not None
+            self._under_way = None
+            self._settle(launched, grown)
+        if not plan.seqs and self._under_way is None:
+            self.runner.tickets.rest()
         return list(grown.values())
 
-    def _run(self, plan: Plan) -> tuple[list[int], list[dict[int, Logprob] | None]]:
-        """Tokens and log-probabilities of the sequences that sample in this plan."""
-        ends = np.cumsum(plan.counts)
-        last = ends[plan.samples] - 1
-        rows = [seq.data.row for seq in compress(plan.seqs, plan.samples.tolist())]
+    def _settle(self, step: UnderWay, grown: dict[str, InFlight]) -> None:
+        """Takes in the tokens of a launched step; what grew goes into ``grown``."""
+        plan = step.plan
+        sampled = list(compress(plan.seqs, plan.samples.tolist()))
+        logprobs: list[dict[int, Logprob] | None] = [None] * len(sampled)
+        if step.ticket.logits is not None:
+            self._note_prompt_logprobs(step)
+            rows = [seq.data.row for seq in sampled]
+            logprobs = self.runner.choose(step.ticket, rows).logprobs
+        tokens, error = self.runner.wait(step.ticket)
+        if -1 in tokens:
+            raise RuntimeError(bad_logits(sampled[tokens.index(-1)].data.row))
+        if error is not None:
+            raise RuntimeError(error)
+        self.scheduler.update(plan, tokens)
+        for sequence, token, entry in zip(sampled, tokens, logprobs, strict=True):
+            if sequence.status not in (Status.RUNNING, Status.WAITING):
+                self._counts["wasted_rows"] += 1  # it ended while the step was under way
+                continue
+            running = self._requests[sequence.request_id]
+            grown[sequence.request_id] = running
+            self._counts["output_tokens"] += 1
+            self._advance(running, sequence, token, entry)
+
+    def _drain(self) -> None:
+        """Waits for a step whose requests have all gone."""
+        step, self._under_way = self._under_way, None
+        if step is not None:
+            self._settle(step, {})
+        self.runner.tickets.rest()
+
+    def _drop_all(self) -> None:
+        """After a failed step: forgets what is under way and every request."""
+        self._under_way = None
+        self.scheduler.cancel_all()
+        for request_id in list(self._requests):
+            self.abort(request_id)
+
+    def _wanted_prompt_logprobs(self, plan: Plan) -> list[PromptRows]:
+        """The rows of the plan's tokens whose log-probabilities are to be reported."""
+        wanted: list[PromptRows] = []
         if not self._num_prompt_logprobs:
-            output = self.sampler(self.runner.run(plan, last), rows)
-            return output.token_ids, output.logprobs
-        wanted: list[tuple[InFlight, int, int, int]] = []  # request, first row, position, rows
+            return wanted
+        ends = np.cumsum(plan.counts)
         for i, seq in enumerate(plan.seqs):
             running = self._requests[seq.request_id]
             start, count = int(plan.starts[i]), int(plan.counts[i])
@@ -297,10 +374,12 @@ class Engine:
                 skip = len(known) - 1 - start
                 first = int(ends[i] - plan.counts[i]) + skip
                 wanted.append((running, first, start + skip, count - skip))
-        extra = [np.arange(first, first + count) for _, first, _, count in wanted]
-        logits = self.runner.run(plan, np.concatenate([last, *extra]))
-        at = len(last)
-        for running, _, position, count in wanted:
+        return wanted
+
+    def _note_prompt_logprobs(self, step: UnderWay) -> None:
+        logits, at = step.ticket.logits, step.plan.num_samples
+        assert logits is not None
+        for running, _, position, count in step.prompt_rows:
             request = running.request
             entries = self.sampler.prompt_logprobs(
                 logits[at : at + count],
@@ -310,8 +389,6 @@ class Engine:
             assert running.prompt_logprobs is not None
             running.prompt_logprobs += [self._named(entry) for entry in entries]
             at += count
-        output = self.sampler(logits[: len(last)], rows)
-        return output.token_ids, output.logprobs
 
     def _advance(
         self, running: InFlight, sequence: Sequence, token: int, entry: dict[int, Logprob] | None
@@ -361,11 +438,20 @@ class Engine:
     # Observation.
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start, and what runs now."""
-        allocator, scheduler = self.allocator, self.scheduler
+        """Counters since the start, and what runs now.
+
+        ``synchronous_steps`` were waited for because a row needed the host (penalties, logprobs,
+        prompt_logprobs); ``wasted_rows`` were computed for sequences that had ended;
+        ``graph_steps`` replayed a CUDA graph; ``device_idle_share`` is the share of time that the
+        device waited between two steps.
+        """
+        allocator, scheduler, tickets = self.allocator, self.scheduler, self.runner.tickets
+        between = tickets.busy + tickets.idle
         return {
             **self._counts,
+            "graph_steps": self.runner.num_replays,
             "step_seconds": self._seconds,
+            "device_idle_share": tickets.idle / between if between else 0.0,
             "running": scheduler.num_running,
             "waiting": scheduler.num_waiting,
             "kv_pages": allocator.num_usable,
@@ -393,8 +479,7 @@ class Engine:
 
     def shutdown(self) -> None:
         """Drops all requests, frees the pages, restores a model that was patched here."""
-        for request_id in list(self._requests):
-            self.abort(request_id)
+        self._drop_all()
         if self._patched_here:
             unpatch_model(self.model)
         del self.runner, self.pool, self.model

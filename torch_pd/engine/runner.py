@@ -1,16 +1,60 @@
-"""Runner: turns a plan of integers into tensors and runs the model.
+"""Runner: turns a plan of integers into tensors, runs the model and draws tokens.
 
-This is the one place where Python lists become tensors.
+This is the one place where Python lists become tensors. All arrays of a step go to the device in
+one copy; nothing here waits for the device but `Ticket.wait`, so the next step can be prepared and
+launched while this one runs. On the CPU the same code has finished when it returns.
 """
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
+from torch_pd import ops
 from torch_pd.context import Batch, GroupBatch
+from torch_pd.engine.choices import HOST, PLAIN, Choices
+from torch_pd.engine.graphs import DecodeGraphs, bucket_sizes
+from torch_pd.engine.sampler import SLICE, Sampler, SamplerOutput, SamplingRow
 from torch_pd.engine.scheduler import Plan, Scheduler
+from torch_pd.engine.staging import Staging
+from torch_pd.engine.tickets import Ticket, Tickets
 from torch_pd.kv.cache import KVPool
 from torch_pd.nn.patch import forward_packed
+
+logger = logging.getLogger(__name__)
+
+NONE = np.zeros(0, np.int64)
+LARGEST_GRAPH = 1024
+"""Rows of the largest captured step; one launch more is nothing beside it."""
+
+
+def empty_plan() -> Plan:
+    """A step of no sequences."""
+    return Plan([], NONE, NONE, NONE, np.zeros(0, bool), sources=NONE, positions=NONE)
+
+
+@dataclass(slots=True)
+class Step:
+    """A plan on the device."""
+
+    batch: Batch
+    source: Tensor
+    """int64 [T], where `Runner.tokens` holds each input token."""
+    positions: Tensor
+    """int64 [T]."""
+    select: Tensor | None
+    """int64 [n], rows whose logits are wanted; None: all."""
+    settings: Tensor
+    """float64 [n, 3], see `ops.sample`."""
+    keys: Tensor
+    """int64 [n, 4]."""
+    moves: Tensor
+    """int64 [m, 2], pages to copy first."""
 
 
 class Runner:
@@ -20,56 +64,231 @@ class Runner:
         model: a causal LM patched by `torch_pd.patch_model`.
         pool: its KV pages.
         scheduler: whose tables the plans refer to.
+        sampler: draws on the CPU.
+        max_tokens: of a step.
     """
 
-    def __init__(self, model: torch.nn.Module, pool: KVPool, scheduler: Scheduler):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        pool: KVPool,
+        scheduler: Scheduler,
+        sampler: Sampler,
+        max_tokens: int,
+    ):
         self.model = model
         self.pool = pool
         self.tables = scheduler.tables
+        self.sampler = sampler
+        self.choices = Choices(self.tables, sampler.vocab_size)
+        rows, width = self.tables.block_tables.shape
+        device = pool.device
+        tokens = max(max_tokens, rows)
+        # 5 arrays of tokens; of rows settings, keys, lengths, starts, moves; block tables.
+        capacity = 40 * tokens + (24 + 32 + 8 + 16) * (rows + 1) + 4 * rows * width + 256
+        lead = 2 + rows + rows % 2
+        self.staging = Staging(8 * lead, capacity, device)
+        self.tokens = self.staging.data[: 8 * (lead + tokens)].view(torch.int64)
+        """The error flag (2 words), the tokens sampled last, then the step's input ids."""
+        self._first_input = lead
+        self._block_tables = torch.zeros((rows, width), dtype=torch.int32, device=device)
+        """Of the step that a graph runs: graphs hold one width."""
+        self.tickets = Tickets(rows, device)
+        self.graphs: DecodeGraphs | None = None
+        self.no_graphs = "not captured"
+        """Why there are no graphs."""
+        self.num_replays = 0
 
-    def run(self, plan: Plan, select: np.ndarray) -> Tensor:
-        """Executes a plan; float32 logits [len(select), vocab] of the chosen rows of its tokens."""
-        if plan.copies:
-            self.pool.copy_within(plan.copies)
-        batch, input_ids, positions = self.build(plan)
-        logits = forward_packed(
-            self.model, self.pool, batch, input_ids, positions, self._tensor(select, np.int64)
+    # Graphs.
+
+    def capture(self) -> None:
+        """Captures the decoding steps. A model that cannot be captured (its forward waits for the
+        device) runs eagerly, with a warning that says why."""
+        sizes = bucket_sizes(min(LARGEST_GRAPH, len(self._block_tables)))
+        try:
+            self.graphs = DecodeGraphs(sizes, self._prepare_capture)
+        except RuntimeError as error:
+            self.no_graphs = str(error).splitlines()[0]
+            logger.warning(
+                "no CUDA graphs, decoding steps are launched eagerly: %s", self.no_graphs
+            )
+
+    def _prepare_capture(self, size: int) -> Callable[[], Tensor]:
+        step = self._on_device(empty_plan(), size)
+        self._to_graph(step)
+
+        def run() -> Tensor:
+            logits = self._forward(step)
+            self._draw(logits, step)
+            return logits
+
+        return run
+
+    def _to_graph(self, step: Step) -> None:
+        """Puts the step's block tables where the graphs read them."""
+        (group,) = step.batch.groups
+        rows, width = group.block_tables.shape
+        self._block_tables[:rows, :width].copy_(group.block_tables)
+        group.block_tables = self._block_tables[:rows]
+
+    # Steps.
+
+    def launch(self, plan: Plan, *, rows: int = 0, extra: np.ndarray = NONE) -> Ticket:
+        """Starts a step and draws its tokens; does not wait for a GPU.
+
+        Args:
+            plan: may be empty if ``rows`` is given.
+            rows: at least this many rows, padded with such as compute and draw for nobody: ranks
+                in lockstep run one size. Only for plans in which every sequence decodes.
+            extra: tokens of the plan whose logits the ticket holds behind those that sample.
+
+        Returns:
+            A ticket for `wait`. Where rows of the plan need the host (`choices.HOST`) or ``extra``
+            is given, it holds the logits, and `choose` must come first.
+        """
+        self.choices.update(plan)
+        kind = self.choices.kind_of(plan)
+        decodes = bool(plan.samples.all()) and bool((plan.counts == 1).all()) and not len(extra)
+        assert decodes or not rows, "only decoding steps are padded"
+        size = max(rows, len(plan.seqs)) if decodes else 0
+        graph = self.graphs.size_for(size) if self.graphs is not None and decodes else None
+        ticket = self.tickets.begin(plan.num_samples)
+        with record_function("prepare"):
+            step = self._on_device(plan, size if graph is None else graph, extra)
+            if plan.copies:
+                self.pool.copy_within(step.moves)
+        with record_function("run"):
+            if self.graphs is not None and graph is not None:
+                self._to_graph(step)
+                logits = self.graphs.replay(graph)
+                self.num_replays += 1
+            else:
+                logits = self._forward(step)
+        if kind == HOST or len(extra):
+            ticket.logits = logits
+            return ticket
+        with record_function("sample"):
+            if kind == PLAIN and logits.is_cuda:
+                if graph is None:
+                    self._draw(logits, step)
+            else:
+                drawn = compress(plan.seqs, plan.samples.tolist())
+                self._draw_adjusted(logits, step, [seq.data.row for seq in drawn], plan.positions)
+            self.tickets.send(ticket, self.tokens)
+        return ticket
+
+    def choose(self, ticket: Ticket, rows: Sequence[SamplingRow]) -> SamplerOutput:
+        """Draws the tokens of a step that needs the host; all earlier tokens must be appended."""
+        assert ticket.logits is not None
+        with record_function("sample"):
+            output = self.sampler(ticket.logits[: len(rows)], rows)
+            self._store(output.token_ids)
+            self.tickets.send(ticket, self.tokens)
+        ticket.logits = None
+        return output
+
+    def wait(self, ticket: Ticket) -> tuple[list[int], str | None]:
+        """The tokens of a step, -1 where the logits were bad, and what else its kernels found
+        wrong; waits for it. See `Tickets.wait`."""
+        return self.tickets.wait(ticket)
+
+    def _forward(self, step: Step) -> Tensor:
+        # A row of bad logits drew -1; its request fails, but its next step may be under way.
+        input_ids = self.tokens.index_select(0, step.source).clamp_(min=0)
+        return forward_packed(
+            self.model, self.pool, step.batch, input_ids, step.positions, step.select
         )
-        return logits.float()
 
-    def build(self, plan: Plan) -> tuple[Batch, Tensor, Tensor]:
-        """The batch, input_ids [num_tokens] and positions [num_tokens] of a plan."""
+    def _draw(self, logits: Tensor, step: Step) -> None:
+        """Draws on the GPU, for rows that the settings say all about."""
+        tokens = self.tokens[2 : 2 + len(step.settings)]
+        logits = logits[:, : self.sampler.vocab_size]
+        ops.sample(logits, tokens, step.settings, step.keys)
+
+    def _draw_adjusted(
+        self, logits: Tensor, step: Step, rows: list[SamplingRow], positions: np.ndarray
+    ) -> None:
+        """Draws on the CPU, or rows with adjustments on the GPU."""
+        at = positions.tolist()
+        if not logits.is_cuda:
+            self._store(self.sampler(logits[: len(rows)], rows, at).token_ids)
+            return
+        vocab = self.sampler.vocab_size
+        for start in range(0, len(rows), SLICE):  # bounds the float32 copies
+            end = min(start + SLICE, len(rows))
+            part = logits[start:end, :vocab]
+            adjustments = self.sampler.adjustments(rows[start:end], at[start:end])
+            if adjustments is not None:
+                part = adjustments.apply(part)
+            tokens = self.tokens[2 + start : 2 + end]
+            ops.sample(part, tokens, step.settings[start:end], step.keys[start:end])
+
+    def _store(self, token_ids: list[int]) -> None:
+        """Puts tokens drawn by the host where the next step looks for them."""
+        self.tokens[2 : 2 + len(token_ids)] = torch.tensor(token_ids, dtype=torch.int64)
+
+    def _on_device(self, plan: Plan, size: int, extra: np.ndarray = NONE) -> Step:
+        """The tensors of a plan; ``size`` rows, padded, if all of it decodes, else 0."""
         rows, starts, counts = plan.rows, plan.starts, plan.counts
-        query_start = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(counts, out=query_start[1:])
-        seq_lens = starts + counts
-        if plan.max_query_len == 1 and plan.samples.all():
-            # Decoding: the one input token of each sequence is its newest.
-            input_ids, positions, token_rows = self.tables.last_token[rows], starts, rows
-        else:
-            tokens: list[int] = []
-            for seq, start, end in zip(plan.seqs, starts.tolist(), seq_lens.tolist(), strict=True):
-                tokens += seq.token_ids[start:end]
-            input_ids = np.asarray(tokens, np.int64)
-            positions = np.arange(plan.num_tokens) + np.repeat(starts - query_start[:-1], counts)
-            token_rows = np.repeat(rows, counts)
         tables, block_size = self.tables.block_tables, self.pool.block_size
-        page, offset = np.divmod(positions, block_size)
-        slots = tables[token_rows, page].astype(np.int64) * block_size + offset
-        num_pages = -(-int(seq_lens.max()) // block_size)
+        num = len(rows)
+        seq_lens = np.ones(max(size, num), np.int64)
+        seq_lens[:num] = starts + counts
+        query_start = np.arange(len(seq_lens) + 1)
+        select = NONE
+        if size:
+            # The one input token of each sequence is its newest. Padding attends to page 0.
+            ids, positions, slots = np.zeros((3, size), np.int64)
+            ids[:num] = self.tables.last_token[rows]
+            positions[:num] = starts
+            waits, token_rows = plan.sources, rows
+            at = np.arange(num)
+        else:
+            np.cumsum(counts, out=query_start[1:])
+            tokens: list[int] = []
+            for seq, start, end, source in zip(
+                plan.seqs,
+                starts.tolist(),
+                seq_lens.tolist(),
+                plan.sources.tolist(),
+                strict=True,
+            ):
+                tokens += seq.token_ids[start:end] if source < 0 else [0]
+            ids = np.array(tokens, np.int64)
+            positions = np.arange(len(ids)) + np.repeat(starts - query_start[:-1], counts)
+            slots = np.empty_like(ids)
+            waits, token_rows = plan.sources, np.repeat(rows, counts)
+            at = query_start[:-1]
+            select = np.concatenate((query_start[1:][plan.samples] - 1, extra))
+        source = self._first_input + np.arange(len(ids))
+        source[at] = np.where(waits < 0, source[at], 2 + waits)
+        page, offset = np.divmod(positions[: len(token_rows)], block_size)
+        slots[: len(token_rows)] = tables[token_rows, page].astype(np.int64) * block_size + offset
+        slots[len(token_rows) :] = -1
+        width = -(-int(seq_lens.max()) // block_size)
+        block_tables = np.zeros((len(seq_lens), width), np.int32)
+        block_tables[:num] = tables[rows, :width]
+        settings, keys = self.choices.of(plan, size or plan.num_samples)
+        moves = np.array(plan.copies, np.int64).reshape(-1, 2)
+        # What graphs read comes first: its place depends on the number of rows alone.
+        lengths = query_start.astype(np.int32), seq_lens.astype(np.int32)
+        arrays = [ids, source, positions, slots, select, settings, keys, *lengths]
+        views = self.staging.put([*arrays, block_tables, moves])
+        _, at_source, at_positions, at_slots, at_select, at_settings, at_keys, *rest = views
+        at_starts, at_lens, at_tables, at_moves = rest
         batch = Batch(
-            num_tokens=plan.num_tokens,
-            max_query_len=plan.max_query_len,
-            query_start=self._tensor(query_start, np.int32),
-            seq_lens=self._tensor(seq_lens, np.int32),
-            groups=(
-                GroupBatch(
-                    block_tables=self._tensor(tables[rows, :num_pages], np.int32),
-                    slots=self._tensor(slots, np.int64),
-                ),
-            ),
+            num_tokens=len(ids),
+            max_query_len=int(counts.max(initial=1)),
+            query_start=at_starts,
+            seq_lens=at_lens,
+            groups=(GroupBatch(block_tables=at_tables, slots=at_slots),),
         )
-        return batch, self._tensor(input_ids, np.int64), self._tensor(positions, np.int64)
-
-    def _tensor(self, array: np.ndarray, dtype: type) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype)).to(self.pool.device)
+        return Step(
+            batch=batch,
+            source=at_source,
+            positions=at_positions,
+            select=None if size else at_select,
+            settings=at_settings,
+            keys=at_keys,
+            moves=at_moves,
+        )

@@ -2,7 +2,7 @@
 
 The order is vLLM V1's: raw log-probabilities (for reporting), logit_bias, min_tokens, penalties;
 then greedy rows take the best token, and the others go through temperature, min_p, top_k, top_p and
-the draw.
+the draw. On a GPU `ops.adjust_logits` and `ops.sample` do the work, with the same results.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_pd import ops
 from torch_pd.engine.draw import UNDECIDED, Draws, best, draw, draw_filtered, ranked, uniforms
 from torch_pd.request import Logprob, SamplingParams
 
@@ -43,6 +44,10 @@ class TokenCounts:
             self._tokens[place] = token
             self._size += 1
         self._counts[place] += 1
+
+    def place(self, token: int) -> int:
+        """Where ``tokens`` holds a token, -1 if it does not."""
+        return self._place.get(token, -1)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -96,6 +101,17 @@ class SamplingRow:
         )
         """True if the best token of the raw logits is all that is wanted."""
 
+    @property
+    def adjusted(self) -> bool:
+        """True if some logits are changed before the choice, in a way known ahead."""
+        return bool(self.params.logit_bias) or self.params.min_tokens > 0
+
+    @property
+    def on_host(self) -> bool:
+        """True if every token must be known before the next one can be drawn, or log-probabilities
+        are wanted."""
+        return self.counts is not None or self.params.logprobs is not None
+
     def append(self, token: int) -> None:
         """Tells the row its next output token."""
         self.position += 1
@@ -124,37 +140,58 @@ class Sampler:
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
 
-    def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SamplerOutput:
-        """Chooses one token for each row; waits for the device once (twice if top_p needs a sort).
+    def __call__(
+        self,
+        logits: Tensor,
+        rows: Sequence[SamplingRow],
+        positions: Sequence[int] | None = None,
+    ) -> SamplerOutput:
+        """Chooses one token for each row; waits for the device.
 
         Args:
             logits: [n, V >= vocab_size]; overwritten if float32.
             rows: n rows; the caller appends the tokens to them.
+            positions: output tokens of each row before this one, if some are not appended yet.
 
         Raises:
             RuntimeError: a row of logits holds NaN or +inf, or nothing but -inf.
         """
-        logits = self._checked(logits, len(rows))
+        if positions is None:
+            positions = [row.position for row in rows]
+        if not logits.is_cuda:
+            return self._choose(self._checked(logits, len(rows)), rows, positions)
+        result = SamplerOutput([], [])
+        self._check(logits, len(rows))
+        for start in range(0, len(rows), SLICE):  # bounds the float32 copies
+            part = slice(start, start + SLICE)
+            some = self._choose(logits[part, : self.vocab_size], rows[part], positions[part])
+            result.token_ids += some.token_ids
+            result.logprobs += some.logprobs
+        return result
+
+    def _choose(
+        self, logits: Tensor, rows: Sequence[SamplingRow], positions: Sequence[int]
+    ) -> SamplerOutput:
         reported = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-        raw = logits[_index(reported, logits)] if reported else None
-        if all(row.plain for row in rows):
+        raw = logits[_index(reported, logits)].float() if reported else None
+        drawn: list[_Group] = []
+        if logits.is_cuda:
+            tokens = self._choose_on_gpu(logits, rows, positions).tolist()
+        elif all(row.plain for row in rows):
             peak, chosen = best(logits)
-            drawn: list[_Group] = []
+            tokens = torch.where(peak.isfinite(), chosen, -1).tolist()
         else:
             self._bias(logits, rows)
-            self._forbid_stops(logits, rows)
+            self._forbid_stops(logits, rows, positions)
             _penalise(logits, rows)
             peak, chosen = best(logits)
-            drawn = _groups(logits, peak, rows)
+            drawn = _groups(logits, peak, rows, positions)
             for part in drawn:
                 chosen[part.index] = part.first()
-        tokens = torch.where(peak.isfinite(), chosen, -1).tolist()
-        for i, token in enumerate(tokens):
+            tokens = torch.where(peak.isfinite(), chosen, -1).tolist()
+        for token, row in zip(tokens, rows, strict=True):
             if token == -1:
-                raise RuntimeError(
-                    f"the logits of row {i} (request {rows[i].request_id!r}) hold NaN or infinity, "
-                    "or allow no token"
-                )
+                raise RuntimeError(bad_logits(row))
         for part in drawn:
             part.finish(tokens)
         logprobs: list[dict[int, Logprob] | None] = [None] * len(rows)
@@ -165,24 +202,87 @@ class Sampler:
                 logprobs[i] = entry
         return SamplerOutput(tokens, logprobs)
 
+    def _choose_on_gpu(
+        self, logits: Tensor, rows: Sequence[SamplingRow], positions: Sequence[int]
+    ) -> Tensor:
+        """The tokens int64 [n] on the device, -1 for a row of bad logits."""
+        device = logits.device
+        adjustments = self.adjustments(rows, positions)
+        if adjustments is not None:
+            logits = adjustments.apply(logits)
+        params = [row.params for row in rows]
+        settings = np.array([[p.temperature, p.top_p, p.min_p] for p in params])
+        vocab = self.vocab_size
+        top_k = [p.top_k if 0 < p.top_k < vocab else 0 for p in params]
+        seeds = np.array([row.seed for row in rows], np.uint64).view(np.int64)
+        keys = np.stack([top_k, seeds, [row.index for row in rows], np.asarray(positions)], axis=1)
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=device)
+        ops.sample(
+            logits,
+            tokens,
+            torch.from_numpy(settings).to(device),
+            torch.from_numpy(keys.astype(np.int64)).to(device),
+        )
+        return tokens
+
+    def adjustments(
+        self, rows: Sequence[SamplingRow], positions: Sequence[int]
+    ) -> "Adjustments | None":
+        """Biases, forbidden stop tokens and penalties of the rows; None if there are none."""
+        entries: list[np.ndarray] = []
+        biases: list[np.ndarray] = []
+        for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
+            bias = dict(row.params.logit_bias or {})
+            if position < row.params.min_tokens:
+                bias |= dict.fromkeys((*self.eos_token_ids, *row.params.stop_ids), float("-inf"))
+            tokens, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+            if row.counts is not None:
+                tokens, counts = row.counts.tokens, row.counts.counts
+            places = {token: row.counts.place(token) if row.counts else -1 for token in bias}
+            more = [token for token, place in places.items() if place < 0]
+            size = len(tokens) + len(more)
+            if not size:
+                continue
+            values = np.zeros(size, np.float32)
+            for token, place in places.items():
+                values[place if place >= 0 else len(tokens) + more.index(token)] = bias[token]
+            ids = np.concatenate((tokens, np.array(more, np.int64)))
+            times = np.concatenate((counts, np.full(len(more), -1)))
+            entries.append(np.stack((np.full(size, i), ids, times), axis=1))
+            biases.append(values)
+        if not entries:
+            return None
+        penalties = [
+            (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)
+            for p in (row.params for row in rows)
+        ]
+        return Adjustments(
+            np.concatenate(entries).astype(np.int32),
+            np.concatenate(biases),
+            np.array(penalties, np.float32),
+        )
+
     def prompt_logprobs(
         self, logits: Tensor, next_ids: Sequence[int], count: int
     ) -> list[dict[int, Logprob]]:
         """Log-probabilities of prompt tokens: ``logits [T, V]`` at T prompt positions, ``next_ids``
         the T tokens that follow them, ``count`` best tokens beside each (-1: all)."""
-        logits = self._checked(logits, len(next_ids))
+        self._check(logits, len(next_ids))
         result = []
         for start in range(0, len(next_ids), SLICE):
             part = slice(start, start + SLICE)
             ids = next_ids[part]
-            result += report(logits[part], ids, [count] * len(ids))
+            result += report(logits[part, : self.vocab_size].float(), ids, [count] * len(ids))
         return result
 
-    def _checked(self, logits: Tensor, num_rows: int) -> Tensor:
+    def _check(self, logits: Tensor, num_rows: int) -> None:
         if logits.dim() != 2 or logits.shape[0] != num_rows or logits.shape[1] < self.vocab_size:
             raise ValueError(
                 f"logits must be [{num_rows}, at least {self.vocab_size}], got {list(logits.shape)}"
             )
+
+    def _checked(self, logits: Tensor, num_rows: int) -> Tensor:
+        self._check(logits, num_rows)
         return logits[:, : self.vocab_size].float()
 
     def _bias(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
@@ -197,16 +297,45 @@ class Sampler:
             at = (_index(row_ids, logits), _index(tokens, logits))
             logits[at] += torch.tensor(bias, device=logits.device)
 
-    def _forbid_stops(self, logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    def _forbid_stops(
+        self, logits: Tensor, rows: Sequence[SamplingRow], positions: Sequence[int]
+    ) -> None:
         entries = [
             (i, token)
             for i, row in enumerate(rows)
-            if row.position < row.params.min_tokens
+            if positions[i] < row.params.min_tokens
             for token in (*self.eos_token_ids, *row.params.stop_ids)
         ]
         if entries:
             row_ids, tokens = zip(*entries, strict=True)
             logits[_index(row_ids, logits), _index(tokens, logits)] = float("-inf")
+
+
+@dataclass(slots=True)
+class Adjustments:
+    """What `ops.adjust_logits` takes, still on the host."""
+
+    entries: np.ndarray
+    """int32 [E, 3]: row, token, occurrences (-1: no penalties)."""
+    bias: np.ndarray
+    """float32 [E]."""
+    penalties: np.ndarray
+    """float32 [n, 3]: repetition, frequency, presence."""
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """The adjusted logits, a float32 copy."""
+        adjusted = logits.to(torch.float32, copy=True)
+        columns = (self.entries, self.bias, self.penalties)
+        ops.adjust_logits(adjusted, *(torch.from_numpy(x).to(logits.device) for x in columns))
+        return adjusted
+
+
+def bad_logits(row: SamplingRow) -> str:
+    """The message for a row whose logits allow no choice."""
+    return (
+        f"the logits of request {row.request_id!r} at output token {row.position} hold NaN or "
+        "infinity, or allow no token"
+    )
 
 
 def report(raw: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[dict[int, Logprob]]:
@@ -277,7 +406,9 @@ class _Group:
 _ALL, _TOP_K, _TOP_P = range(3)
 
 
-def _groups(logits: Tensor, peak: Tensor, rows: Sequence[SamplingRow]) -> list[_Group]:
+def _groups(
+    logits: Tensor, peak: Tensor, rows: Sequence[SamplingRow], positions: Sequence[int]
+) -> list[_Group]:
     """The rows that are not greedy, by the way they are drawn."""
     vocab = logits.shape[1]
     members: tuple[list[int], ...] = ([], [], [])
@@ -296,7 +427,8 @@ def _groups(logits: Tensor, peak: Tensor, rows: Sequence[SamplingRow]) -> list[_
         index = _index(chosen, logits)
         whole = len(chosen) == len(rows)
         of = [rows[i] for i in chosen]
-        draws = _draws(peak if whole else peak[index], of, vocab)
+        at = [positions[i] for i in chosen]
+        draws = _draws(peak if whole else peak[index], of, at, vocab)
         width = CANDIDATES
         if way == _TOP_K:
             # Some beyond the largest top_k, for values equal to the last one kept.
@@ -306,11 +438,13 @@ def _groups(logits: Tensor, peak: Tensor, rows: Sequence[SamplingRow]) -> list[_
     return result
 
 
-def _draws(peak: Tensor, rows: Sequence[SamplingRow], vocab: int) -> Draws:
+def _draws(
+    peak: Tensor, rows: Sequence[SamplingRow], positions: Sequence[int], vocab: int
+) -> Draws:
     u = uniforms(
         np.array([row.seed for row in rows], dtype=np.uint64),
         np.array([row.index for row in rows], dtype=np.uint64),
-        np.array([row.position for row in rows], dtype=np.uint64),
+        np.array(positions, dtype=np.uint64),
     )
     # All float64, so that one copy carries them to the device.
     columns = np.array(

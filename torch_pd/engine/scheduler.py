@@ -237,15 +237,19 @@ class Scheduler:
 
         Its copies may not have been made, so the caller then ends its sequences.
         """
-        assert not plan.seqs or (self._flying and plan is self._flying[-1]), (
-            "this is not the plan under way"
-        )
+        newest = self._flying[-1] if self._flying else None
+        assert plan is newest or not plan.seqs, "this is not the plan under way"
         if plan.seqs:
             self._flying.pop()
             alive = np.fromiter((s.status is Status.RUNNING for s in plan.seqs), bool)
             self.tables.num_computed[plan.rows[alive]] = plan.starts[alive]
             self.tables.num_tokens[plan.rows[alive & plan.samples]] -= 1
             self._find_sources()
+
+    def cancel_all(self) -> None:
+        """Forgets all plans under way; the caller then ends all sequences."""
+        while self._flying:
+            self.cancel(self._flying[-1])
 
     def update(self, plan: Plan, sampled_tokens: ListLike[int] | np.ndarray) -> None:
         """Records the tokens that a plan sampled.
@@ -259,7 +263,8 @@ class Scheduler:
         assert tokens.shape == (plan.num_samples,), f"{tokens.shape} tokens for {plan.num_samples}"
         if not plan.seqs:
             return
-        assert self._flying and plan is self._flying[0], "this is not the plan under way"
+        oldest = self._flying[0] if self._flying else None
+        assert plan is oldest, "this is not the plan under way"
         self._flying.popleft()
         seqs, rows, starts, samples = plan.seqs, plan.rows, plan.starts, plan.samples
         ends = starts + plan.counts

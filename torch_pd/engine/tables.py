@@ -43,6 +43,7 @@ class Tables:
 
     def take(self, seq: Sequence, pages: list[int], num_computed: int) -> None:
         """Gives the sequence a row (one must be free) and the pages."""
+        assert seq.max_total_len is not None
         row = seq.row = self.free_rows.pop()
         seq.pages = pages
         self.block_tables[row, : len(pages)] = pages

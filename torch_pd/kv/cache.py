@@ -1,6 +1,6 @@
 """KVPool, the tensor of KV pages, and PagedCache, Hugging Face's Cache over such pages."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ class KVPool:
 
     ``pages [num_pages, num_layers, 2, block_size, num_kv_heads, head_dim]``; a page holds
     ``block_size`` tokens of all layers, contiguous, so it moves as one copy. Page 0 is never handed
-    out: block tables are padded with it. Contents start undefined.
+    out: block tables are padded with it, and rows of padding read it. The contents of the others
+    start undefined.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class KVPool:
                 dtype=dtype,
                 device=device,
             )
+            self.pages[:1].zero_()
         self._layers = [
             (self.pages[:, layer, 0], self.pages[:, layer, 1]) for layer in range(num_layers)
         ]
@@ -76,9 +78,9 @@ class KVPool:
         """Views ``k_cache, v_cache [num_pages, block_size, num_kv_heads, head_dim]`` of a layer."""
         return self._layers[index]
 
-    def copy_within(self, copies: Iterable[tuple[int, int]]) -> None:
-        """Copies whole pages (from, to) inside the pool; no page may be both read and written."""
-        moves = torch.tensor(list(copies), dtype=torch.int64, device=self.device).reshape(-1, 2)
+    def copy_within(self, moves: Tensor) -> None:
+        """Copies whole pages inside the pool: rows (from, to) of ``moves`` int64 [m, 2] on its
+        device. No page may be both read and written."""
         ops.copy_pages(self.pages, self.pages, moves)
 
 
@@ -200,7 +202,7 @@ class PagedCache(Cache):
                     copies.append((shared, table[-1]))
             table += self.allocator.allocate(wanted[row])
         if copies:
-            self.pool.copy_within(copies)
+            self.pool.copy_within(torch.tensor(copies, dtype=torch.int64, device=self.device))
 
     def _grow(self, num_pages: int) -> None:
         """A pool of at least so many pages; pages in use move to its front, shares kept."""

@@ -163,14 +163,14 @@ def forward_packed(
     batch: Batch,
     input_ids: Tensor,
     positions: Tensor,
-    select: Tensor,
+    select: Tensor | None,
 ) -> Tensor:
     """One pass of a patched model over packed tokens: the engine's entry.
 
     Args:
         pool: whose pages the batch names; written at the batch's slots.
         input_ids, positions: int64 [num_tokens].
-        select: int64 rows whose logits are wanted.
+        select: int64 rows whose logits are wanted; None is all.
 
     Returns:
         Logits [len(select), vocab] in the model's dtype.
