@@ -1,0 +1,287 @@
+"""Weights streamed from the shards of all ranks: rates of the pull, and steps beside it.
+
+    torchrun --nproc-per-node 4 bench/weights.py rates linears ablations [--json FILE]
+
+``rates``: GB/s that every rank pulls from its peers at once, by kind of matrix (o and down are 2-D
+copies), with nothing beside it. ``linears``: all linears of one step, streamed against resident
+(four layers that are used in turn: a whole copy does not fit beside the shard). ``ablations``:
+the same streamed steps with other rings, streams, layouts, a common start, and ranks out of step.
+Any number of GPUs; without one it runs on the CPU, with ``--shape tiny``.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pool import SHAPES
+from torch import Tensor
+from torch.nn.functional import linear
+
+from torch_pd import _runtime
+from torch_pd.weights.layout import LINEARS, Layout, ModelDims, make_layout
+from torch_pd.weights.peer import PeerMemory
+from torch_pd.weights.pool import WeightPool
+from torch_pd.weights.ring import Ring, RingItem, default_ring_bytes, item_copies, plan_ring
+
+COPIES = 4
+"""Whole layers kept for the resident steps."""
+
+
+class Group:
+    """The ranks, and what they measure together."""
+
+    def __init__(self) -> None:
+        self.gpu = torch.cuda.is_available()
+        local = int(os.environ["LOCAL_RANK"])
+        self.device = torch.device("cuda", local) if self.gpu else torch.device("cpu")
+        if self.gpu:
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("gloo")
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.results: list[dict[str, Any]] = []
+        name = torch.cuda.get_device_name() if self.gpu else "CPU"
+        self.name = f"{self.size}x {name}"
+
+    def settle(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
+        dist.barrier()
+
+    def slowest(self, value: float) -> float:
+        found = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return float(found)
+
+    def seconds(self, call: Callable[[], Any], repeats: int, pause: float = 0.0) -> float:
+        """Of one of ``repeats`` calls in a row, on the slowest rank.
+
+        Args:
+            pause: seconds that a rank waits for each rank before it.
+        """
+        call()
+        self.settle()
+        time.sleep(pause * self.rank)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        if self.gpu:
+            torch.cuda.synchronize()
+        mine = (time.perf_counter() - start) / repeats
+        self.settle()
+        return self.slowest(mine)
+
+    def show(self, **row: Any) -> None:
+        self.results.append(row)
+        if self.rank == 0:
+            cells = (f"{k} {v:.2f}" if isinstance(v, float) else f"{v}" for k, v in row.items())
+            print("  ".join(cells), flush=True)
+
+
+class Shards:
+    """Random weights, split over the ranks and read by all."""
+
+    def __init__(self, dims: ModelDims, group: Group, key: str, **layout: Any) -> None:
+        self.dims, self.group = dims, group
+        self.layout: Layout = make_layout(dims, group.size, group.rank, **layout)
+        self.memory = PeerMemory(group.device)
+        self.index = self.layout.index(group.rank)
+        pool = WeightPool(
+            self.layout, group.rank, torch.bfloat16, group.device, self.memory.allocate
+        )
+        values = pool.arena.view(torch.bfloat16)
+        for part in values.split(1 << 28):
+            part.normal_(0, dims.hidden_size**-0.5)
+        del pool, values
+        name = f"{key}-{self.layout.ranks[0]}"
+        self.arenas = self.memory.connect(name, self.index, self.layout.size)
+
+    def ring(self, **options: Any) -> Ring:
+        return Ring(self.layout, self.index, self.arenas, torch.bfloat16, **options)
+
+    def close(self) -> None:
+        self.arenas = []
+        self.memory.close()
+        self.group.settle()
+
+
+class Whole:
+    """A few whole layers that stand for all."""
+
+    def __init__(self, dims: ModelDims, device: torch.device) -> None:
+        self.layers = [
+            {
+                name: torch.empty(dims.shape(name), dtype=torch.bfloat16, device=device).normal_(
+                    0, dims.hidden_size**-0.5
+                )
+                for name in LINEARS
+            }
+            for _ in range(min(COPIES, dims.num_layers))
+        ]
+
+    def acquire(self, layer: int, name: str) -> Tensor:
+        return self.layers[layer % len(self.layers)][name]
+
+    def release(self, layer: int, name: str) -> None:
+        pass
+
+
+def step(source: Any, dims: ModelDims, x: Tensor) -> Tensor:
+    """All linears of the layers; slices stand for attention and activation."""
+    q, mlp = dims.num_heads * dims.head_dim, dims.intermediate_size
+    for layer in range(dims.num_layers):
+        for name, width in (("qkv", q), ("o", 0), ("gate_up", mlp), ("down", 0)):
+            x = linear(x, source.acquire(layer, name))
+            source.release(layer, name)
+            if width:
+                x = x[:, :width]
+    return x
+
+
+def pull_rate(shards: Shards, names: Sequence[str], streams: int, rotated: bool = True) -> float:
+    """GB/s of a rank while all pull nothing but the given matrices of every layer."""
+    group, dims, layout = shards.group, shards.dims, shards.layout
+    items = [RingItem(n, layer, dims.shape(n)) for layer in range(dims.num_layers) for n in names]
+    sizes = [item.nbytes(dims.itemsize) for item in items]
+    plan = plan_ring(sizes, 4 * max(sizes))
+    arena = torch.empty(plan.nbytes, dtype=torch.uint8, device=group.device)
+    n, me = layout.size, shards.index
+    owners = [(me + i) % n for i in range(1, n)] if rotated else [o for o in range(n) if o != me]
+    addresses = [other.data_ptr() for other in shards.arenas]
+    places, nbytes = [], 0
+    for item, size, offset in zip(items, sizes, plan.offsets, strict=True):
+        to = arena.data_ptr() + offset
+        copies = item_copies(layout, item, owners, addresses, to)
+        nbytes += sum(copy[4] * copy[5] for copy in copies)
+        places.append((to, size, copies))
+    device = group.device.index if group.gpu else -1
+    puller = _runtime.Puller(device, places, list(plan.gates), streams)
+    puller.start()
+    stream = torch.cuda.current_stream().cuda_stream if group.gpu else 0
+    at = 0
+
+    def once() -> None:
+        nonlocal at
+        for _ in items:
+            puller.acquire(at, stream)
+            puller.release(at, stream)
+            at += 1
+
+    seconds = group.seconds(once, 3)
+    puller.close()
+    return nbytes / seconds / 1e9
+
+
+def rates(shards: Shards) -> None:
+    group = shards.group
+    for names in (("qkv",), ("o",), ("gate_up",), ("down",), LINEARS):
+        for streams in (1, 2):
+            group.show(
+                what="pull", names="+".join(names), streams=streams,
+                gb_s=pull_rate(shards, names, streams),
+            )  # fmt: skip
+    group.show(
+        what="pull", names="all, same start", streams=2,
+        gb_s=pull_rate(shards, LINEARS, 2, rotated=False),
+    )  # fmt: skip
+
+
+def streamed_ms(shards: Shards, tokens: int, pause: float = 0.0, **options: Any) -> dict[str, Any]:
+    group, dims = shards.group, shards.dims
+    ring = shards.ring(**options)
+    x = torch.randn(tokens, dims.hidden_size, device=group.device).bfloat16()
+    seconds = group.seconds(lambda: step(ring, dims, x), 2 if tokens > 4096 else 4, pause)
+    # lm_head is passed over, but pulled.
+    result = {"ms": seconds * 1e3, "gb_s": ring.pulled_bytes / seconds / 1e9}
+    ring.close()
+    return result
+
+
+def linears(shards: Shards, rows: Sequence[int]) -> None:
+    group, dims = shards.group, shards.dims
+    for tokens in rows:
+        whole = Whole(dims, group.device)
+        x = torch.randn(tokens, dims.hidden_size, device=group.device).bfloat16()
+        repeats = 2 if tokens > 4096 else 4
+        resident = group.seconds(lambda x=x, whole=whole: step(whole, dims, x), repeats) * 1e3
+        del whole
+        streamed = streamed_ms(shards, tokens)
+        group.show(
+            what="linears", rows=tokens, resident_ms=resident, streamed_ms=streamed["ms"],
+            ratio=streamed["ms"] / resident, gb_s=streamed["gb_s"],
+        )  # fmt: skip
+
+
+def ablations(shards: Shards, rows: Sequence[int]) -> None:
+    group = shards.group
+    layer = default_ring_bytes(shards.dims) // 2
+    for tokens in rows:
+        for layers in (0.8, 1.0, 1.25, 1.5, 2.0, 3.0):
+            found = streamed_ms(shards, tokens, nbytes=int(layer * layers))
+            group.show(what="ring", layers=layers, rows=tokens, **found)
+        for streams in (1, 2, 3):
+            group.show(
+                what="streams", streams=streams, rows=tokens,
+                **streamed_ms(shards, tokens, streams=streams),
+            )  # fmt: skip
+        found = streamed_ms(shards, tokens, rotated=False)
+        group.show(what="same start", rows=tokens, **found)
+        found = streamed_ms(shards, tokens, pause=0.02)
+        group.show(what="out of step, 20 ms a rank", rows=tokens, **found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="+", choices=["rates", "linears", "ablations", "layouts"])
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-32b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--ablation-rows", type=int, nargs="+", default=[1536, 4096])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    group = Group()
+    dims = SHAPES[args.shape]
+    if args.layers:
+        dims = ModelDims(args.layers, *list(vars(dims).values())[1:])
+    if group.rank == 0:
+        print(f"{group.name}, torch {torch.__version__}, {args.shape} {dims}", flush=True)
+    key = [os.urandom(8).hex()]
+    dist.broadcast_object_list(key, src=0)
+    with torch.no_grad():
+        if set(args.what) - {"layouts"}:
+            shards = Shards(dims, group, key[0])
+            if "rates" in args.what:
+                rates(shards)
+            if "linears" in args.what:
+                linears(shards, args.rows)
+            if "ablations" in args.what:
+                ablations(shards, args.ablation_rows)
+            shards.close()
+        if "layouts" in args.what:
+            replicas = [k for k in (1, 2) if group.size // k > 1 and group.size % k == 0]
+            ways: list[dict[str, Any]] = [{"replicas": k} for k in replicas]
+            for way in [*ways, {"weight_layout": "layer"}]:
+                name = "-".join(map(str, way.values()))
+                shards = Shards(dims, group, f"{key[0]}-{name}", **way)
+                for tokens in args.ablation_rows:
+                    group.show(what="layout", **way, rows=tokens, **streamed_ms(shards, tokens))
+                shards.close()
+    if args.json and group.rank == 0:
+        record = {
+            "device": group.name,
+            "torch": torch.__version__,
+            "shape": args.shape,
+            "layers": dims.num_layers,
+            "results": group.results,
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
