@@ -269,7 +269,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``out [M, N] = x [M, K] @ weight [N, K].T + bias [N]``, float32 accumulation, CPU only.
 
     A row of ``out`` depends on its row of ``x`` alone, bit for bit, whatever M is: batching does
-    not change a result.
+    not change a result. Where the CPU has a dot product of bfloat16, it takes subnormal values of
+    bfloat16 as zero.
     """
     _ops.linear(x, weight, bias, out)
 
