@@ -8,16 +8,20 @@ import textwrap
 import models
 import pytest
 import torch
+from reference import relative_error
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from torch_pd.config import EngineConfig
-from torch_pd.nn.patch import describe
+from torch_pd.nn.patch import describe, forward_packed, new_pool
+from torch_pd.nn.pooled import pool_model
 from torch_pd.nn.pooled_model import load_pooled
+from torch_pd.nn.probe import batch_of
 from torch_pd.weights.checkpoint import Checkpoint
 from torch_pd.weights.layout import LINEARS
 from torch_pd.weights.loader import load_model
+from torch_pd.weights.source import Resident
 
 torch.set_num_threads(1)
 
@@ -136,6 +140,27 @@ def test_layouts(size, changes, tmp_path):
         assert pools[first].layout.ranks == tuple(range(first, first + width))
         assert_is_the_model(loaded[group], pools[group], reference)
     assert pools[0].dtype == dtype
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", models.FUSED)
+def test_a_loaded_model_computes_with_its_shards(name, tmp_path):
+    """The structure that was found on meta, run over the joined shards, is transformers' model."""
+    models.build(name).save_pretrained(tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    loaded = load_all(tmp_path, 3)
+    model = loaded[0][0]
+    pool_model(model, loaded[0][1], source=Resident([pool for _, pool in loaded]))
+    lengths = [33, 1, 20]
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, models.VOCAB, (n,), generator=generator) for n in lengths]
+    batch = batch_of([0, 0, 0], [16, 1, 16], torch.device("cpu"))
+    pages = new_pool(model, 4)
+    ids = torch.cat([prompt[:16] for prompt in prompts])
+    positions = torch.cat([torch.arange(min(n, 16)) for n in lengths])
+    got = forward_packed(model, pages, batch, ids, positions, torch.arange(33))
+    want = torch.cat([reference(prompt[None, :16]).logits[0] for prompt in prompts])
+    assert relative_error(got, want) < 1e-4
 
 
 def test_smollm2_on_four_ranks(smollm2):
