@@ -1,4 +1,4 @@
-"""Builds libtorch_pd, _runtime (and libtorch_pd_cuda) with CMake + ninja, into torch_pd/.
+"""Builds libtorch_pd, _runtime (and libtorch_pd_cuda) with CMake and ninja into torch_pd/.
 
 Build-time settings (environment, never read at run time):
   TORCH_PD_CUDA       AUTO (default: when the installed torch is a CUDA build and nvcc is found),
