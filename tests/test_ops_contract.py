@@ -282,3 +282,12 @@ def test_required_tensors_are_required(name, argument):
         RuntimeError, match=f"torch_pd::{name}: {argument} must be a tensor, got None"
     ):
         getattr(ops, name)(**(case | {argument: None}))
+
+
+@pytest.mark.skipif(ops.has_cuda_ops(), reason="the CUDA bodies are there")
+@pytest.mark.parametrize("name", CASES)
+def test_cuda_tensors_without_cuda_bodies(name):
+    args, kwargs = call_arguments(name, CASES[name]())
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(RuntimeError, match=f"torch_pd::{name}: the CUDA ops are not "):
+        overload(name).redispatch(cuda, *args, **kwargs)

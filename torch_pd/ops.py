@@ -364,7 +364,7 @@ def _register_fake(name: str) -> None:
     torch.library.register_fake(f"torch_pd::{name}", fake)
 
 
-for _name in (
+_MUTATING = (
     "write_kv",
     "gather_kv",
     "copy_pages",
@@ -378,10 +378,25 @@ for _name in (
     "linear",
     "adjust_logits",
     "sample",
-):
+)
+for _name in _MUTATING:
     _register_fake(_name)
 
 
 @torch.library.register_fake("torch_pd::device_errors")
 def _device_errors_fake(like: Tensor, reset: bool) -> Tensor:
     return like.new_empty([4], dtype=torch.int32)
+
+
+def _refuse_cuda(name: str) -> None:
+    """Without the CUDA bodies a call with CUDA tensors says what to do."""
+
+    def body(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(f"torch_pd::{name}: the CUDA ops are {cuda_status()}")
+
+    torch.library.impl(f"torch_pd::{name}", "CUDA", body)
+
+
+if not has_cuda_ops():
+    for _name in (*_MUTATING, "device_errors"):
+        _refuse_cuda(_name)
