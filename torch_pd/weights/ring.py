@@ -219,6 +219,11 @@ class Ring:
         self._puller.start()
 
     @property
+    def device(self) -> torch.device:
+        """Where the ring lies."""
+        return self._device
+
+    @property
     def nbytes(self) -> int:
         """Of the ring."""
         return self.plan.nbytes
@@ -250,6 +255,14 @@ class Ring:
                 out = torch.where(((local >= 0) & (local < stop - start))[:, None], rows, out)
         assert out is not None
         return out
+
+    def run_through(self) -> None:
+        """Pulls what a step needs and uses none of it; returns when it is done."""
+        for place in range(len(self._items)):
+            self._acquire(place)
+            self._release(place)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def close(self) -> None:
         """Waits for the copies under way, then lets go of the ring and the arenas."""

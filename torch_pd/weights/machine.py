@@ -1,0 +1,121 @@
+"""The constants of `costs.Machine` as this machine shows them: measured once, then kept in a file.
+
+The ranks of a group must choose alike, so all take the values of its first rank.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_pd.costs import Machine
+from torch_pd.weights.ring import Ring
+
+logger = logging.getLogger(__name__)
+
+CACHE = Path("~/.cache/torch_pd")
+CPU = Machine(
+    name="CPU",
+    flops=1e11,
+    attention_flops=5e10,
+    weight_bandwidth=1e10,
+    memory_bandwidth=1e10,
+    kv_bandwidth=1e10,
+    link_bandwidth=5e9,
+    contention=1.0,
+    collective_bandwidth=1e9,
+    collective_seconds=3e-4,
+    collective_ramp=0.0,
+    eager_collective_seconds=3e-4,
+    layer_launch_seconds=1e-4,
+)
+"""Where nothing was measured; collectives are gloo's."""
+
+
+def machine_of(
+    ring: Ring,
+    all_gather: Callable[[Any], Sequence[Any]],
+    folder: Path = CACHE,
+) -> Machine:
+    """The constants of the GPUs (or the CPU) of a group. Collective.
+
+    Args:
+        ring: of this rank, unused so far; it is run through once if nothing is known yet.
+        all_gather: a value of each rank to every rank.
+        folder: where what was measured is kept, a file for each kind of GPU, number of ranks and
+            size of matrices.
+    """
+    gpu = ring.device.type == "cuda"
+    name = torch.cuda.get_device_name(ring.device) if gpu else "CPU"
+    base = Machine() if gpu else CPU
+    ranks = all_gather(name)
+    key = f"{name}-{len(ranks)}-{ring.nbytes}-{ring.pulled_bytes}".replace(" ", "_")
+    path = folder.expanduser() / f"{key}.json"
+    values = all_gather(_read(path))[0]
+    if values is None:
+        mine = {"link_bandwidth": _link(ring, all_gather), **_gemms(ring.device)}
+        every = all_gather(mine)
+        # The slowest counts: a step ends with its last rank.
+        values = {constant: min(found[constant] for found in every) for constant in mine}
+        if all_gather(os.getpid())[0] == os.getpid():
+            _write(path, values)
+    return Machine.from_dict({**vars(base), **values, "name": name})
+
+
+def _link(ring: Ring, all_gather: Callable[[Any], Sequence[Any]]) -> float:
+    """Bytes a second that this rank pulls while all do."""
+    seconds = []
+    for _ in range(2):
+        all_gather(None)  # a common start
+        start = time.perf_counter()
+        ring.run_through()
+        seconds.append(time.perf_counter() - start)
+    return max(1.0, ring.pulled_bytes) / min(seconds)
+
+
+def _gemms(device: torch.device) -> dict[str, float]:
+    """Rates of matrix products of many rows and of few."""
+    if device.type != "cuda":
+        return {}
+    weight = torch.randn(16384, 8192, device=device).bfloat16()
+    found = {}
+    for constant, rows, amount in (
+        ("flops", 4096, 2 * 4096 * weight.numel()),
+        ("weight_bandwidth", 16, weight.nbytes),
+    ):
+        x = torch.randn(rows, 8192, device=device).bfloat16()
+        torch.nn.functional.linear(x, weight)
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(10):
+            torch.nn.functional.linear(x, weight)
+        torch.cuda.synchronize(device)
+        found[constant] = 10 * amount / (time.perf_counter() - start)
+    return found
+
+
+def _read(path: Path) -> dict[str, float] | None:
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        Machine.from_dict(values)
+    except (ValueError, TypeError) as error:
+        logger.warning("%s is not what was measured once (%s); measuring again", path, error)
+        return None
+    return values
+
+
+def _write(path: Path, values: dict[str, float]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(values))
+        part.replace(path)
+    except OSError as error:
+        logger.warning("%s cannot be kept (%s): it is measured at every start", path, error)
