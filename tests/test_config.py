@@ -82,7 +82,6 @@ def test_wrong_type(field: str, value: object) -> None:
         ("host_kv_gib", 1, "(only 0.0 is)"),
         ("disk_kv_gib", 1.5, "(only 0.0 is)"),
         ("disk_kv_path", "/tmp", "(only None is)"),
-        ("data_parallel_size", 2, "(only 1 is)"),
         ("weights", "pooled", "(only 'auto' and 'resident' are)"),
         ("weight_layout", "layer", "(only 'shard' is)"),
         ("weight_replicas", 2, "(only 1 is)"),

@@ -20,7 +20,7 @@ ORDER = [
     ["request"],
     ["ops"],
     ["board"],
-    ["dist"],
+    ["dist", "launch"],
     ["sizing"],
     ["costs"],
     ["planner"],

@@ -14,7 +14,7 @@ ranks. No call waits for another rank's progress but `wait` and `wait_for_all`.
 import time
 from dataclasses import dataclass
 
-from torch_pd import _runtime
+import torch_pd._runtime as _runtime
 
 MAX_RANKS = 16
 _DIGEST_BITS = 40
@@ -153,6 +153,10 @@ class Board:
     def leave(self) -> None:
         """Says goodbye: this process may end without being missed."""
         self._board.leave()
+
+    def pid(self, rank: int) -> int:
+        """The process of a rank; 0 before it has attached."""
+        return self._board.pid(rank)
 
     def _error(self, rank: int) -> str:
         return self._board.error(rank).decode(errors="replace")

@@ -1,4 +1,7 @@
-"""Command line: ``torch-pd`` (also ``python -m torch_pd``). Errors are one line, exit code 2."""
+"""Command line: ``torch-pd`` (also ``python -m torch_pd``).
+
+Errors are one line, exit code 2; 1 if a rank died or failed.
+"""
 
 import argparse
 import dataclasses
@@ -12,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch_pd.board import GroupError
 from torch_pd.config import EngineConfig
 from torch_pd.request import SamplingParams
 
@@ -236,7 +240,7 @@ def _bench_throughput(args: argparse.Namespace) -> None:
     from torch_pd.llm import LLM
 
     with LLM(args.model, **config_from(args)) as llm:
-        vocab = llm.engine.vocab_size
+        vocab = llm.limits.vocab_size
         rng = random.Random(0)
         prompts: list[Any] = [
             [
@@ -354,6 +358,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, ImportError) as error:
         print(f"torch-pd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except GroupError as error:
+        print(f"torch-pd: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("torch-pd: interrupted", file=sys.stderr)
         return 130

@@ -108,7 +108,6 @@ _AVAILABLE: Mapping[str, tuple] = {
     "host_kv_gib": (0.0,),
     "disk_kv_gib": (0.0,),
     "disk_kv_path": (None,),
-    "data_parallel_size": (1,),
     "weights": ("auto", "resident"),
     "weight_layout": ("shard",),
     "weight_replicas": (1,),
@@ -216,6 +215,14 @@ class EngineConfig:
             return "cuda"
         self._check_cpu()
         return "cpu"
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raises ValueError for a field that has no meaning with so many ranks."""
+        if ranks == 1 and self.weights == "pooled":
+            raise ValueError(
+                "weights='pooled' splits the weights over several ranks, and there is one; give "
+                "data_parallel_size=2 or more, or weights='resident'"
+            )
 
     @property
     def gpu_memory_share(self) -> float:

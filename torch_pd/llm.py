@@ -1,16 +1,22 @@
 """LLM: offline generation with one call."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from torch_pd.board import GroupError
 from torch_pd.config import EngineConfig
+from torch_pd.dist import launched_by_torchrun
 from torch_pd.engine.engine import Engine, resolve_device
+from torch_pd.engine.group import Joined, Runs, Single, Spawned, join
 from torch_pd.engine.inflight import Request
+from torch_pd.engine.limits import Limits
+from torch_pd.engine.worker import make_engine
 from torch_pd.request import Prompt, RequestOutput, SamplingParams, parse_prompts
-from torch_pd.weights.loader import load_model, load_tokenizer
+from torch_pd.weights.loader import load_tokenizer, resolve_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,9 +34,13 @@ class LLM:
         tokenizer: a Hugging Face tokenizer or its folder; default: the one beside the model.
         **config: fields of `EngineConfig`.
 
+    With data_parallel_size=N, this process starts N ranks with an engine each and coordinates them.
+    Under torchrun, every rank makes an LLM and calls it alike; all get all results.
+
     Raises:
         ValueError: a setting or the model cannot work; says what to change.
         TypeError: an unknown setting, or one of the wrong type.
+        GroupError: (also of every other call) a rank died or failed; the LLM is shut down then.
     """
 
     def __init__(
@@ -40,34 +50,78 @@ class LLM:
         tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
         **config: Any,
     ):
-        self._engine: Engine | None = None
+        self._runs: Runs | None = None
+        self._ended = "this LLM has been shut down; make a new one"
+        self._num_calls = 0
         self.config = EngineConfig.from_kwargs(**config)
+        named = tokenizer
         if tokenizer is None or isinstance(tokenizer, (str, Path)):
-            named = tokenizer
             tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
             if tokenizer is None and named is not None:
                 raise ValueError(f"{str(named)!r} holds no tokenizer")
         self.tokenizer = tokenizer
         device = resolve_device(self.config)
-        loaded = load_model(
-            model,
-            dtype=self.config.dtype,
-            load_format=self.config.load_format,
-            device=device,
-            seed=self.config.seed,
-        )
-        self._engine = Engine(loaded, tokenizer, self.config)
+        if launched_by_torchrun():
+            world = join(self.config, "data_parallel_size" in config, device)
+            self.config.check_ranks(world.size)
+            self._runs = Joined(model, tokenizer, self.config, device, world)
+            return
+        self.config.check_ranks(self.config.data_parallel_size)
+        if self.config.data_parallel_size == 1:
+            self._runs = Single(make_engine(model, tokenizer, self.config, device, None))
+            return
+        if not isinstance(model, (str, Path)):
+            raise ValueError(
+                f"data_parallel_size={self.config.data_parallel_size} starts processes that read "
+                f"the model themselves: give a folder or a .gguf file, not a {type(model).__name__}"
+            )
+        path = Path(model).expanduser()
+        resolve_format(path, self.config.load_format)
+        if named is None and tokenizer is not None:
+            tokenizer = path
+        elif isinstance(named, (str, Path)):
+            tokenizer = Path(named)
+        self._runs = Spawned(path, tokenizer, self.config, device)
 
     @property
     def engine(self) -> Engine:
-        """The engine underneath.
+        """The engine of this process.
 
         Raises:
-            RuntimeError: after `shutdown`.
+            RuntimeError: after `shutdown`, or where the engines are in processes of their own.
         """
-        if self._engine is None:
-            raise RuntimeError("this LLM has been shut down; make a new one")
-        return self._engine
+        runs = self._running()
+        if runs.engine is None:
+            raise RuntimeError(
+                "with data_parallel_size > 1 the engines are in the ranks' processes; see stats()"
+            )
+        return runs.engine
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks that were started (data_parallel_size > 1); else none."""
+        return self._running().pids
+
+    @property
+    def limits(self) -> Limits:
+        """Vocabulary, longest sequence and size of the KV pool."""
+        with self._ending():
+            return self._running().limits
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Shuts down if the group of ranks has ended."""
+        try:
+            yield
+        except GroupError as error:
+            self._ended = f"this LLM has ended, make a new one: {error}"
+            self.shutdown()
+            raise
+
+    def _running(self) -> Runs:
+        if self._runs is None:
+            raise RuntimeError(self._ended)
+        return self._runs
 
     def generate(
         self,
@@ -89,7 +143,8 @@ class LLM:
         """
         requests = self._parse(prompts, sampling_params)
         finished: dict[str, RequestOutput] = {}
-        with _Progress(len(requests), use_tqdm) as progress:
+        show = use_tqdm and self._running().first_rank
+        with _Progress(len(requests), show) as progress:
             for output in self._run(requests, stream=False):
                 finished[output.request_id] = output
                 progress.show(output)
@@ -158,14 +213,19 @@ class LLM:
         return prompts
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start: tokens, steps, preemptions, KV use, prefix cache hits."""
-        return self.engine.stats()
+        """Counters since the start: tokens, steps, preemptions, KV use, prefix cache hits.
+
+        With several ranks: sums over all of them (of times, the longest), and under ``ranks`` each
+        one's own. Under torchrun all ranks must ask.
+        """
+        with self._ending():
+            return self._running().stats()
 
     def shutdown(self) -> None:
         """Frees the KV pages and restores a module that was given. Calling it twice is fine."""
-        if self._engine is not None:
-            self._engine.shutdown()
-            self._engine = None
+        if self._runs is not None:
+            runs, self._runs = self._runs, None
+            runs.shutdown()
 
     def __enter__(self) -> "LLM":
         return self
@@ -189,14 +249,16 @@ class LLM:
                     f"{len(params)} sampling_params for {len(parsed)} prompts; give one for each, "
                     "or a single one for all"
                 )
-        call = self.engine.next_call()
+        limits = self.limits
+        self._num_calls += 1
         requests = []
         for i, (prompt, param) in enumerate(zip(parsed, params, strict=True)):
             try:
                 if not isinstance(param, SamplingParams):
                     raise TypeError(f"sampling_params must be SamplingParams, got {param!r}")
-                request = Request(f"{call}-{i}", prompt.text, self._token_ids(prompt), param)
-                self.engine.check(request)
+                ids = self._token_ids(prompt)
+                request = Request(f"{self._num_calls}-{i}", prompt.text, ids, param)
+                limits.check(request)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"prompt {i}: {error}") from None
             requests.append(request)
@@ -215,21 +277,8 @@ class LLM:
         return ids
 
     def _run(self, requests: list[Request], *, stream: bool) -> Iterator[RequestOutput]:
-        engine = self.engine
-        pending = set()
-        try:
-            for request in requests:
-                engine.add(request, stream=stream)
-                pending.add(request.request_id)
-            while pending:
-                for output in engine.step():
-                    if output.finished:
-                        pending.discard(output.request_id)
-                    yield output
-        finally:
-            # An error, or a caller that left the loop: nothing of this call stays behind.
-            for request_id in pending:
-                engine.abort(request_id)
+        with self._ending():
+            yield from self._running().run(requests, stream)
 
 
 class _Progress:

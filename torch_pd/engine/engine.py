@@ -14,9 +14,11 @@ from torch.profiler import record_function
 
 from torch_pd import ops
 from torch_pd.config import EngineConfig
+from torch_pd.dist import World
 from torch_pd.engine.detokenizer import Detokenizer
 from torch_pd.engine.draw import derive_seed
 from torch_pd.engine.inflight import InFlight, Output, Request
+from torch_pd.engine.limits import Limits
 from torch_pd.engine.runner import NONE, Runner
 from torch_pd.engine.sampler import Sampler, SamplingRow, bad_logits
 from torch_pd.engine.scheduler import Plan, Scheduler
@@ -75,6 +77,8 @@ class Engine:
         model: a causal LM on its device; patched in place if it is not yet.
         tokenizer: for text and stop strings; None if only token ids are used.
         config: settings.
+        world: the ranks beside this one; they share the CPU's memory, and the shortest of their
+            max_model_len is everyone's.
 
     Raises:
         ValueError: memory does not suffice or a setting contradicts the model.
@@ -85,8 +89,10 @@ class Engine:
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase | None",
         config: EngineConfig,
+        world: World | None = None,
     ):
         self.config = config
+        self.world = world
         self.tokenizer = tokenizer
         self.model = model
         self.vocab_size = int(model.config.get_text_config().vocab_size)
@@ -112,11 +118,15 @@ class Engine:
             setting = f"gpu_memory_utilization={config.gpu_memory_share}"
         else:
             budget, setting = cpu_kv_bytes(_available_memory()), "40% of the available memory"
+            if self.world is not None:
+                budget //= self.world.size
         num_pages = pages_of_budget(shape, budget, setting)
         model_max = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_model_len, remark = fit_model_len(
             int(model_max or 1 << 30), config.max_model_len, num_pages, config.block_size
         )
+        if self.world is not None:
+            self.max_model_len = min(self.world.all_gather(self.max_model_len))
         if remark:
             logger.warning(remark)
         if config.kv_cache_gib is None:
@@ -148,7 +158,6 @@ class Engine:
         elif parameter.device.type == "cuda":
             self.runner.capture()
         self._requests: dict[str, InFlight] = {}
-        self._num_calls = 0
         self._num_requests = 0
         self._num_prompt_logprobs = 0
         self._counts = dict.fromkeys(
@@ -168,29 +177,15 @@ class Engine:
 
     # Requests.
 
-    def next_call(self) -> int:
-        """A number for the request ids of one call."""
-        self._num_calls += 1
-        return self._num_calls
-
-    def check(self, request: Request) -> None:
-        """Raises ValueError if the request could never run here."""
-        ids, params = request.prompt_token_ids, request.params
-        largest = max(ids)
-        if largest >= self.vocab_size:
-            raise ValueError(
-                f"token id {largest} is past the vocabulary of {self.vocab_size} tokens"
-            )
-        if len(ids) > self.max_model_len - 1:
-            capacity = self.allocator.num_usable * self.config.block_size
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, but max_model_len={self.max_model_len} leaves "
-                f"room for {self.max_model_len - 1} before the first output token (the KV pool "
-                f"holds {capacity}): shorten the prompt, or raise max_model_len or kv_cache_gib"
-            )
-        params.check_vocabulary(self.vocab_size)
-        if params.stop_strings and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer: give tokenizer=..., or stop_token_ids")
+    @property
+    def limits(self) -> Limits:
+        """Which requests can run here."""
+        return Limits(
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+            kv_tokens=self.allocator.num_usable * self.config.block_size,
+            has_tokenizer=self.tokenizer is not None,
+        )
 
     def add(self, request: Request, *, stream: bool = False) -> None:
         """Queues a checked request.

@@ -1,0 +1,243 @@
+"""Several ranks give what one engine gives, and end together: spawned, and under torchrun."""
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from test_launch import gone
+
+from torch_pd import LLM, SamplingParams
+from torch_pd.board import GroupError
+from torch_pd.engine.group import _compare
+from torch_pd.engine.work import LOOK_AHEAD
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+DRAWN = SamplingParams(n=2, temperature=1.0, max_tokens=9, ignore_eos=True)
+PROMPTS = [[5 + i, 6, 7 + 3 * i] * (1 + i % 5) for i in range(23)]
+SIZES = {"kv_cache_gib": 0.01, "max_model_len": 256, "max_num_batched_tokens": 64}
+
+
+def tokens_of(outputs):
+    return [[list(choice.token_ids) for choice in output.outputs] for output in outputs]
+
+
+def calls(llm):
+    """A few calls of all kinds; what came of them."""
+    results = [tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False))]
+    results.append(tokens_of(llm.generate(PROMPTS[:7], DRAWN, use_tqdm=False)))
+    for _ in llm.stream(PROMPTS, GREEDY):
+        break  # the rest of the call is dropped on all ranks
+    params = [
+        SamplingParams(temperature=0.8, seed=i, max_tokens=3 + i, logprobs=1, prompt_logprobs=0)
+        for i in range(5)
+    ]
+    outputs = llm.generate(["One", "Two", "The sea", "A", "Why"], params, use_tqdm=False)
+    results.append([(o.prompt, o.outputs[0].text, o.outputs[0].token_ids) for o in outputs])
+    assert all(o.outputs[0].logprobs and o.prompt_logprobs for o in outputs)
+    results.append([o.request_id for o in outputs])
+    return results
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    with LLM(tiny, **SIZES) as llm:
+        return calls(llm)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left():
+    before = set(os.listdir("/dev/shm"))
+    yield
+    assert set(os.listdir("/dev/shm")) == before
+    assert not [thread for thread in threading.enumerate() if "_watch" in thread.name]
+    assert not multiprocessing.active_children()
+
+
+@pytest.fixture(scope="module")
+def pair(tiny):
+    """Two ranks, until a test ends them. One sequence at a time, so that a call takes a while."""
+    llm = LLM(tiny, data_parallel_size=2, **SIZES | {"max_num_seqs": 1})
+    pids = llm.pids
+    yield llm
+    llm.shutdown()
+    assert gone(pids, within=0)
+
+
+def test_two_ranks_give_the_same(pair, expected):
+    assert calls(pair) == expected
+    assert pair.generate([], use_tqdm=False) == []
+    grown = {}
+    for output in pair.stream(PROMPTS[:3], GREEDY):
+        grown.setdefault(output.request_id, []).append(output)
+    for index, (_, outputs) in enumerate(sorted(grown.items())):
+        lengths = [len(output.outputs[0].token_ids) for output in outputs]
+        assert lengths == sorted(lengths)
+        assert len(lengths) > 3
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+        assert tokens_of(outputs[-1:])[0] == expected[0][index]
+    with pytest.raises(ValueError, match="prompt 1: the prompt has 300 tokens"):
+        pair.generate([[5], [5] * 300], use_tqdm=False)
+    with pytest.raises(RuntimeError, match="engines are in the ranks' processes"):
+        _ = pair.engine
+    stats = pair.stats()
+    each = [one["finished_requests"] for one in stats["ranks"]]
+    assert len(each) == 2
+    assert min(each) > 0
+    assert stats["finished_requests"] == sum(each)
+
+
+def test_a_slow_rank_does_less(pair, expected):
+    """No static split: while one rank stands still, the other does the work that is left."""
+    before = [one["finished_requests"] for one in pair.stats()["ranks"]]
+    os.kill(pair.pids[1], signal.SIGSTOP)
+    finished = {}
+    for output in pair.stream(PROMPTS, GREEDY):
+        if output.finished:
+            finished[int(output.request_id.split("-")[1])] = output
+        if len(finished) == len(PROMPTS) - 2 * LOOK_AHEAD:
+            os.kill(pair.pids[1], signal.SIGCONT)
+    assert tokens_of([finished[i] for i in sorted(finished)]) == expected[0]
+    after = [one["finished_requests"] for one in pair.stats()["ranks"]]
+    assert after[0] - before[0] >= len(PROMPTS) - 2 * LOOK_AHEAD
+    assert sum(after) - sum(before) == len(PROMPTS)
+
+
+def test_ctrl_c_drops_the_call_only(pair, expected):
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    long = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    with pytest.raises(KeyboardInterrupt):
+        pair.generate(PROMPTS * 40, long, use_tqdm=False)
+    assert tokens_of(pair.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected[0]
+    timer.join()
+
+
+def kill_at_first_output(llm):
+    for output in llm.stream(PROMPTS * 20, GREEDY):
+        if output.finished:
+            os.kill(llm.pids[1], signal.SIGKILL)
+
+
+def test_sigkill_while_generating(pair):
+    pids = pair.pids
+    start = time.monotonic()
+    with pytest.raises(GroupError, match=r"rank 1 \(process \d+\) was killed by SIGKILL"):
+        kill_at_first_output(pair)
+    assert time.monotonic() - start < 10
+    assert gone(pids, within=0)
+    for again in (lambda: pair.generate([5]), pair.stats, lambda: pair.pids):
+        with pytest.raises(RuntimeError, match=r"has ended, make a new one: rank 1 .* SIGKILL"):
+            again()
+
+
+def test_four_ranks_and_a_death_while_shutting_down(tiny, expected):
+    llm = LLM(tiny, data_parallel_size=4, **SIZES)
+    pids = llm.pids
+    assert calls(llm) == expected
+    os.kill(pids[0], signal.SIGSTOP)  # so that the others wait for it
+    timer = threading.Timer(0.5, os.kill, (pids[0], signal.SIGKILL))
+    timer.start()
+    llm.shutdown()
+    timer.join()
+    assert gone(pids, within=0)
+
+
+def test_settings_that_cannot_work(tiny):
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(ValueError, match=r"rank \d: max_model_len=9999 is beyond the model's"):
+        LLM(tiny, data_parallel_size=2, max_model_len=9999)
+    with pytest.raises(ValueError, match=r"give a folder or a \.gguf file, not a Llama"):
+        LLM(AutoModelForCausalLM.from_pretrained(tiny), data_parallel_size=2)
+    with pytest.raises(ValueError, match="does not exist"):
+        LLM("/no/such/model", data_parallel_size=2)
+    with pytest.raises(
+        ValueError, match="seed differs between the ranks: 0 on rank 0, 1 on rank 1"
+    ):
+        _compare([{"seed": 0}, {"seed": 1}])
+
+
+# torchrun.
+
+SCRIPT = """
+import os, signal, sys
+from torch import distributed
+from torch_pd import LLM
+from test_group import DRAWN, GREEDY, PROMPTS, SIZES, calls, tokens_of
+
+model, task = sys.argv[1:]
+rank = int(os.environ["RANK"])
+"""
+TASKS = {
+    "same": """
+try:
+    LLM(model, data_parallel_size=3, **SIZES)
+except ValueError as error:
+    print(f"{rank}: {error}")
+with LLM(model, **SIZES) as llm:
+    print(f"{rank}: results {calls(llm)}")
+with LLM(model, data_parallel_size=2, **SIZES) as llm:  # a second one finds the same group
+    final = [o for o in llm.stream(PROMPTS, GREEDY) if o.finished]
+    final.sort(key=lambda o: int(o.request_id.split("-")[1]))
+    print(f"{rank}: streamed {tokens_of(final)}")
+    print(f"{rank}: ranks {len(llm.stats()['ranks'])}")
+""",
+    "prompts": """
+with LLM(model, **SIZES) as llm:
+    llm.generate(PROMPTS[rank:], GREEDY, use_tqdm=False)
+""",
+    "sigkill": """
+with LLM(model, **SIZES) as llm:
+    if rank == 1:
+        engine, steps = llm.engine, []
+        step = engine.step
+        def dies():
+            steps.append(1)
+            if len(steps) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step()
+        engine.step = dies
+    llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+""",
+}
+
+
+def torchrun(task, model, tmp_path, ranks=2):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT + TASKS[task])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), str(script), str(model), task]
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent)])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+
+
+def test_torchrun_gives_the_same(tiny, expected, tmp_path):
+    result = torchrun("same", tiny, tmp_path)
+    assert result.returncode == 0, result.stderr
+    for rank in range(2):
+        assert f"{rank}: data_parallel_size=3 given, but torchrun started 2 ranks" in result.stdout
+        assert f"{rank}: results {expected}" in result.stdout
+        assert f"{rank}: streamed {expected[0]}" in result.stdout
+        assert f"{rank}: ranks 2" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("prompts", r"ValueError: ranks \d and \d were given different prompts or parameters"),
+        ("sigkill", r"rank 1 \(process \d+\) has died"),
+    ],
+)
+def test_torchrun_failures(tiny, tmp_path, task, message):
+    result = torchrun(task, tiny, tmp_path)
+    assert result.returncode != 0
+    assert re.search(message, result.stderr), result.stderr

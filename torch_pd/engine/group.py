@@ -1,0 +1,431 @@
+"""Group: several ranks behind the interface of one engine.
+
+`Single` is one engine in this process. `Spawned` starts the ranks and coordinates them; `Joined` is
+this process's place among the ranks that torchrun started. All take requests in order of arrival
+from one queue, so a rank that is done takes more.
+"""
+
+import dataclasses
+import os
+import secrets
+import weakref
+from collections.abc import Iterator
+from multiprocessing.connection import Client, Connection, Listener, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+
+from torch_pd.board import GroupError, PeerLost
+from torch_pd.config import EngineConfig
+from torch_pd.dist import World, check_gpus, join_torchrun
+from torch_pd.engine.engine import Engine
+from torch_pd.engine.inflight import Request
+from torch_pd.engine.limits import Limits
+from torch_pd.engine.work import Call, run
+from torch_pd.engine.worker import ABORT, ABORTED, STATS, STOP, Setup, make_engine
+from torch_pd.launch import Ranks
+from torch_pd.request import RequestOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ABORT_S = 10.0
+"""How long ranks may take to drop a call: some steps."""
+_GRACE_S = 5.0
+"""How long a rank of torchrun may handle the loss of another before it is ended."""
+
+
+class Runs(Protocol):
+    """What `LLM` needs of an engine or a group of them."""
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine, where it is in this process."""
+
+    @property
+    def pids(self) -> list[int]:
+        """Processes that were started here, by rank."""
+
+    @property
+    def limits(self) -> Limits:
+        """Which requests can run."""
+
+    @property
+    def first_rank(self) -> bool:
+        """True in the one process that shows progress."""
+
+    def run(self, requests: list[Request], stream: bool) -> Iterator[RequestOutput]:
+        """Runs checked requests; yields them finished, or also whenever one grew."""
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start."""
+
+    def shutdown(self) -> None:
+        """Ends all."""
+
+
+class Single:
+    """One engine, in this process."""
+
+    first_rank = True
+    engine: Engine
+    pids: ClassVar[list[int]] = []
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    @property
+    def limits(self) -> Limits:
+        return self.engine.limits
+
+    def run(self, requests: list[Request], stream: bool) -> Iterator[RequestOutput]:
+        engine = self.engine
+        pending = set()
+        try:
+            for request in requests:
+                engine.add(request, stream=stream)
+                pending.add(request.request_id)
+            while pending:
+                for output in engine.step():
+                    if output.finished:
+                        pending.discard(output.request_id)
+                    yield output
+        finally:
+            # An error, or a caller that left the loop: nothing of this call stays behind.
+            for request_id in pending:
+                engine.abort(request_id)
+
+    def stats(self) -> dict[str, Any]:
+        return self.engine.stats()
+
+    def shutdown(self) -> None:
+        self.engine.shutdown()
+
+
+class Spawned:
+    """Ranks in processes of their own, started and coordinated by this one.
+
+    Raises:
+        ValueError: not enough GPUs, or what a rank could not do.
+        GroupError: a rank died, hung or failed while starting; names it.
+    """
+
+    first_rank = True
+    engine = None
+
+    def __init__(
+        self,
+        model: Path,
+        tokenizer: "PreTrainedTokenizerBase | Path | None",
+        config: EngineConfig,
+        device: str,
+    ):
+        size = config.data_parallel_size
+        if device == "cuda":
+            check_gpus(size)
+        threads = max(1, torch.get_num_threads() // size)
+        setups = [
+            (Setup(rank, size, device, threads, model, tokenizer, config),) for rank in range(size)
+        ]
+        self.config = config
+        self._numbers = _Numbers()
+        self._ranks = Ranks(f"{Setup.__module__}:main", setups)
+        self._ended = weakref.finalize(self, self._ranks.kill)
+        try:
+            rank, port = self._ranks.receive()
+            assert rank == 0, rank
+            for other in range(1, size):
+                self._ranks.send(port, other)
+            limits: dict[int, Limits] = {}
+            while len(limits) < size:
+                rank, (limits[rank], _) = self._ranks.receive()
+        except BaseException:
+            self._ended()
+            raise
+        self._limits = dataclasses.replace(
+            limits[0], kv_tokens=min(one.kv_tokens for one in limits.values())
+        )
+
+    @property
+    def pids(self) -> list[int]:
+        """The ranks' processes."""
+        return self._ranks.pids
+
+    @property
+    def limits(self) -> Limits:
+        self._ranks.check()
+        return self._limits
+
+    def run(self, requests: list[Request], stream: bool) -> Iterator[RequestOutput]:
+        call = self._numbers.call(requests, stream)
+        working = set(range(self.config.data_parallel_size))
+        try:
+            self._ranks.send(call)
+            while working:
+                rank, message = self._ranks.receive()
+                if message == call.number:
+                    working.discard(rank)
+                else:
+                    yield from message
+        except GroupError:
+            self._ended()
+            raise
+        except BaseException:
+            self._drop()
+            raise
+
+    def _drop(self) -> None:
+        """Ends a call that the caller left; if a rank does not get out of it, ends all."""
+        inside = set(range(self.config.data_parallel_size))
+        try:
+            self._ranks.send(ABORT)
+            while inside:
+                rank, message = self._ranks.receive(_ABORT_S)
+                if message == ABORTED:
+                    inside.discard(rank)
+        except BaseException:
+            self._ended()
+            raise
+
+    def stats(self) -> dict[str, Any]:
+        each: dict[int, dict[str, Any]] = {}
+        self._ranks.send(STATS)
+        while len(each) < self.config.data_parallel_size:
+            rank, each[rank] = self._ranks.receive()
+        return _sum_stats([each[rank] for rank in sorted(each)])
+
+    def shutdown(self) -> None:
+        if self._ended.detach() is not None:
+            self._ranks.close(STOP)
+
+
+class Joined:
+    """This process's rank among those that torchrun started. All call alike.
+
+    Every rank gets all results; only rank 0 gets partial ones while they stream.
+
+    Raises:
+        ValueError: the ranks' arguments differ, or torchrun's world is not as asked for.
+    """
+
+    pids: ClassVar[list[int]] = []
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        config: EngineConfig,
+        device: str,
+        world: World,
+    ):
+        self._world = world
+        self._numbers = _Numbers()
+        self._threads = torch.get_num_threads()
+        self.engine: Engine | None = None
+        # Out of a collective that a dead rank will never join, no exception leads.
+        world.board.guard(_GRACE_S)
+        try:
+            same = {"model": str(model) if isinstance(model, (str, Path)) else type(model).__name__}
+            _compare(world.all_gather(same | dataclasses.asdict(config)))
+            if device == "cpu":
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.size))
+            self.engine = make_engine(model, tokenizer, config, device, world)
+            self._links = _link_up(world)
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    @property
+    def first_rank(self) -> bool:
+        return self._world.rank == 0
+
+    @property
+    def limits(self) -> Limits:
+        return self._engine.limits
+
+    @property
+    def _engine(self) -> Engine:
+        if self.engine is None:
+            raise GroupError("this rank failed, and the group ended with it")
+        return self.engine
+
+    def run(self, requests: list[Request], stream: bool) -> Iterator[RequestOutput]:
+        call = self._numbers.call(requests, stream)
+        try:
+            other = self._world.board.open(call.number, len(requests), call.digest())
+            if other is not None:
+                raise ValueError(
+                    f"ranks {self._world.rank} and {other} were given different prompts or "
+                    "parameters; under torchrun all ranks call with the same ones"
+                )
+            yield from self._lead(call) if self._world.rank == 0 else self._follow(call)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _lead(self, call: Call) -> Iterator[RequestOutput]:
+        working = set(self._links)
+        finished: list[RequestOutput] = []
+        own = run(self._engine, self._world.board, call)
+        try:
+            for output in self._all_outputs(call, working, own):
+                if output.finished:
+                    finished.append(output)
+                yield output
+        except GeneratorExit:  # the caller left the loop
+            self._world.board.drain()
+            own.close()
+            for rank in sorted(working):
+                self._links[rank].send(ABORT)
+            while working:
+                self._receive(call, working, 0.1)
+            self._send_all([])
+            raise
+        self._send_all(finished)
+
+    def _send_all(self, message: Any) -> None:
+        for link in self._links.values():
+            link.send(message)
+
+    def _all_outputs(
+        self, call: Call, working: set[int], own: Iterator[list[RequestOutput]]
+    ) -> Iterator[RequestOutput]:
+        for some in own:
+            yield from some
+            yield from self._receive(call, working, 0.0)
+        while working:
+            yield from self._receive(call, working, 0.1)
+
+    def _receive(self, call: Call, working: set[int], timeout_s: float) -> list[RequestOutput]:
+        """Outputs that other ranks have sent; a rank that is done leaves ``working``."""
+        outputs: list[RequestOutput] = []
+        links = {self._links[rank]: rank for rank in working}
+        for link in wait(list(links), timeout_s):
+            assert isinstance(link, Connection)
+            message = self._read(link, links[link])
+            if message == call.number:
+                working.discard(links[link])
+            else:
+                outputs += message
+        if not outputs:
+            self._world.board.check()
+        return outputs
+
+    def _follow(self, call: Call) -> Iterator[RequestOutput]:
+        link = self._links[0]
+        own = run(self._engine, self._world.board, call)
+        results = None
+        for some in own:
+            if some:
+                link.send(some)
+            if link.poll():
+                message = self._read(link, 0)
+                assert message == ABORT, message
+                own.close()
+                break
+        link.send(call.number)
+        while results is None or results == ABORT:
+            if link.poll(0.1):
+                results = self._read(link, 0)
+            else:
+                self._world.board.check()
+        yield from results
+
+    def _read(self, link: Connection, rank: int) -> Any:
+        try:
+            return link.recv()
+        except (EOFError, OSError):
+            # Its own words, if it left any, say more.
+            self._world.board.check()
+            raise PeerLost(rank, self._world.board.pid(rank)) from None
+
+    def _fail(self, error: BaseException) -> None:
+        """Tells the others; the guard ends them if they hang."""
+        torch.set_num_threads(self._threads)
+        self._world.board.fail(f"{type(error).__name__}: {error}")
+        self.engine = None
+
+    def stats(self) -> dict[str, Any]:
+        return _sum_stats(self._world.all_gather(self._engine.stats()))
+
+    def shutdown(self) -> None:
+        torch.set_num_threads(self._threads)
+        if self.engine is None:
+            return
+        self.engine.shutdown()
+        self.engine = None
+        for link in self._links.values():
+            link.close()
+        self._world.all_gather(None)  # all leave together, or the first would be missed
+        self._world.leave()
+
+
+class _Numbers:
+    """Numbers the calls of one group."""
+
+    def __init__(self) -> None:
+        self.calls = self.requests = 0
+
+    def call(self, requests: list[Request], stream: bool) -> Call:
+        self.calls += 1
+        call = Call(self.calls, requests, self.requests, stream)
+        self.requests += len(requests)
+        return call
+
+
+def join(config: EngineConfig, given: bool, device: str) -> World:
+    """The world that torchrun made.
+
+    Args:
+        given: the caller named data_parallel_size.
+    """
+    world = join_torchrun(device)
+    if given and config.data_parallel_size != world.size:
+        world.leave()
+        raise ValueError(
+            f"data_parallel_size={config.data_parallel_size} given, but torchrun started "
+            f"{world.size} ranks; leave it out, or start as many"
+        )
+    return world
+
+
+def _compare(each: list[dict[str, Any]]) -> None:
+    for rank, fields in enumerate(each):
+        for name, value in fields.items():
+            if value != each[0][name]:
+                raise ValueError(
+                    f"{name} differs between the ranks: {each[0][name]!r} on rank 0, {value!r} on "
+                    f"rank {rank}; give all the same"
+                )
+
+
+def _link_up(world: World) -> dict[int, Connection]:
+    """Connections between rank 0 and each other rank, over a socket that is no file."""
+    if world.rank == 0:
+        key, address = secrets.token_bytes(16), f"\0torch_pd-{os.getpid()}-{secrets.token_hex(8)}"
+        links: dict[int, Connection] = {}
+        with Listener(address, "AF_UNIX", backlog=world.size, authkey=key) as listener:
+            world.all_gather((address, key))
+            while len(links) < world.size - 1:
+                link = listener.accept()
+                links[link.recv()] = link
+        return links
+    address, key = world.all_gather(None)[0]
+    link = Client(address, "AF_UNIX", authkey=key)
+    link.send(world.rank)
+    return {0: link}
+
+
+def _sum_stats(each: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of all ranks together (the longest time of any), and each rank's own as ``ranks``."""
+    total: dict[str, Any] = {}
+    for name, value in each[0].items():
+        values = [stats[name] for stats in each]
+        if isinstance(value, int):
+            total[name] = sum(values)
+        elif isinstance(value, float):
+            total[name] = max(values)
+    return total | {"ranks": each}

@@ -1,0 +1,95 @@
+"""A rank's part of a call: it takes requests from the group's queue and runs them."""
+
+import dataclasses
+import hashlib
+import pickle
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+
+from torch_pd.board import Board
+from torch_pd.engine.draw import derive_seed
+from torch_pd.engine.engine import Engine
+from torch_pd.engine.inflight import Request
+from torch_pd.request import RequestOutput
+
+LOOK_AHEAD = 4
+"""Requests that wait in the engine while all its rows are in use, so that the next free one is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The requests of one call of generate or stream, the same on all ranks."""
+
+    number: int
+    """From 1."""
+    requests: list[Request]
+    first: int
+    """Requests of all calls before; decides the seeds."""
+    stream: bool
+
+    def digest(self) -> int:
+        """A number that differs if anything differs."""
+        data = pickle.dumps((self.requests, self.first, self.stream))
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+    def request(self, index: int, engine_seed: int) -> Request:
+        """A request, with the seed that it would have in a single engine; which rank runs it must
+        not matter."""
+        request = self.requests[index]
+        if request.params.seed is not None:
+            return request
+        seed = derive_seed(engine_seed, self.first + index)
+        return dataclasses.replace(request, params=dataclasses.replace(request.params, seed=seed))
+
+
+def run(engine: Engine, board: Board, call: Call) -> Generator[list[RequestOutput], None, None]:
+    """Runs this rank's share of a call; yields the outputs of each step.
+
+    A rank holds no more than its running sequences and what its next step can start, so idle ranks
+    find the rest in the queue. Closing the iterator drops what is unfinished here.
+    """
+    pending: set[str] = set()
+    lengths: deque[int] = deque(maxlen=max(LOOK_AHEAD, engine.config.max_num_seqs))
+    try:
+        while True:
+            board.set_running(len(pending))
+            for request in _take(engine, board, call, lengths, len(pending)):
+                engine.add(request, stream=call.stream)
+                pending.add(request.request_id)
+            if not engine.has_unfinished:
+                return
+            outputs = engine.step()
+            pending.difference_update(o.request_id for o in outputs if o.finished)
+            yield outputs
+    finally:
+        for request_id in pending:
+            engine.abort(request_id)
+        board.set_running(0)
+
+
+def _take(
+    engine: Engine, board: Board, call: Call, lengths: deque[int], pending: int
+) -> Iterator[Request]:
+    """Takes requests until the engine's next step is full.
+
+    Args:
+        lengths: prompt lengths of the requests taken last, kept here.
+        pending: requests in the engine.
+    """
+    config = engine.config
+    waiting = engine.scheduler.num_waiting
+    # The waiting ones are the newest: the scheduler admits in order.
+    recent: Sequence[int] = list(lengths)[-waiting:] if waiting else ()
+    tokens = sum(recent)
+    while tokens < config.max_num_batched_tokens and (
+        pending < config.max_num_seqs or waiting < LOOK_AHEAD
+    ):
+        taken = board.take(1)
+        if not taken:
+            return
+        request = call.request(taken[0], config.seed)
+        lengths.append(len(request.prompt_token_ids))
+        tokens += lengths[-1]
+        waiting += 1
+        pending += 1
+        yield request

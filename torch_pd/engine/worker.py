@@ -1,0 +1,107 @@
+"""Worker: what a spawned rank's process does, on the word of the coordinator (engine/group.py)."""
+
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from torch_pd.config import EngineConfig
+from torch_pd.dist import World, connect, free_port_store
+from torch_pd.engine.engine import Engine
+from torch_pd.engine.work import Call, run
+from torch_pd.launch import Phase, Ranks
+from torch_pd.weights.loader import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a rank needs to start."""
+
+    rank: int
+    size: int
+    device: str
+    threads: int
+    """Of torch on the CPU."""
+    model: Path
+    tokenizer: "PreTrainedTokenizerBase | Path | None"
+    """A path is read by the rank itself."""
+    config: EngineConfig
+
+
+STOP, ABORT, STATS = "stop", "abort", "stats"
+"""Messages of the coordinator, beside a `Call` to run."""
+ABORTED = "aborted"
+"""The answer to each ABORT, from outside of any call; one may come before its call, or after."""
+
+
+def make_engine(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    config: EngineConfig,
+    device: str,
+    world: World | None,
+) -> Engine:
+    """Loads a model and builds the engine on it; collective where there is a world."""
+    loaded = load_model(
+        model,
+        dtype=config.dtype,
+        load_format=config.load_format,
+        device=device,
+        seed=config.seed,
+    )
+    return Engine(loaded, tokenizer, config, world)
+
+
+def main(link: Connection, setup: Setup) -> None:
+    """Starts a rank and serves until it is told to stop."""
+    torch.set_num_threads(setup.threads)
+    if setup.rank == 0:
+        store = free_port_store()
+        link.send(store.port)
+    else:
+        link.send(Phase(Ranks.WAITING))
+        store = dist.TCPStore("127.0.0.1", link.recv())
+    link.send(Phase(Ranks.WAITING))
+    world = connect(setup.rank, setup.size, setup.device, store)
+    link.send(Phase("loading"))
+    tokenizer = setup.tokenizer
+    if isinstance(tokenizer, Path):
+        tokenizer = load_tokenizer(tokenizer)
+    engine = make_engine(setup.model, tokenizer, setup.config, setup.device, world)
+    link.send(Phase(Ranks.READY))
+    link.send((engine.limits, engine.memory_line()))
+    while (message := link.recv()) != STOP:
+        if message == STATS:
+            link.send(engine.stats())
+        elif isinstance(message, Call):
+            serve(link, engine, world, message)
+        elif message == ABORT:
+            link.send(ABORTED)
+    engine.shutdown()
+    # All leave together, or the first would be missed by the others.
+    dist.barrier(world.cpu_group)
+    world.leave()
+    dist.destroy_process_group()
+
+
+def serve(link: Connection, engine: Engine, world: World, call: Call) -> None:
+    """Runs a call; sends the outputs of each step, at the end the call's number, or ABORTED."""
+    world.board.open(call.number, len(call.requests), 0)
+    outputs = run(engine, world.board, call)
+    for some in outputs:
+        if some:
+            link.send(some)
+        if link.poll():
+            message = link.recv()
+            assert message == ABORT, message
+            world.board.drain()
+            outputs.close()
+            link.send(ABORTED)
+            return
+    link.send(call.number)
