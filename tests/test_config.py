@@ -82,12 +82,8 @@ def test_wrong_type(field: str, value: object) -> None:
         ("host_kv_gib", 1, "(only 0.0 is)"),
         ("disk_kv_gib", 1.5, "(only 0.0 is)"),
         ("disk_kv_path", "/tmp", "(only None is)"),
-        ("weights", "pooled", "(only 'auto' and 'resident' are)"),
-        ("weight_layout", "layer", "(only 'shard' is)"),
-        ("weight_replicas", 2, "(only 1 is)"),
-        ("remote_mode", "ship", "(only 'auto' is)"),
+        ("remote_mode", "stream", "(only 'auto' and 'ship' are)"),
         ("ring_gib", 1, "(only None is)"),
-        ("param_ranks", [0], "(only None is)"),
         ("data_ranks", (0, 1), "(only None is)"),
     ],
 )

@@ -15,7 +15,7 @@ def vote(boards, votes):
 
     def run(rank):
         tokens, selected, decoding, busy = votes[rank]
-        lockstep = Lockstep(boards[rank])
+        lockstep = Lockstep(boards[rank], boards[rank])
         found[rank] = lockstep.agree(tokens, selected, decoding=decoding, busy=busy)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(boards))]
@@ -38,9 +38,22 @@ def test_a_step_is_what_the_ranks_bring(boards):
     prefill = (8192, 1, False, True)
     assert vote(boards, [decode, idle, decode]) == CommonStep((5, 0, 5), (5, 0, 5), True)
     assert vote(boards, [decode, prefill, idle]) == CommonStep((5, 8192, 0), (5, 1, 0), False)
-    # A rank that has nothing yet but sees requests in the queue keeps all going.
-    assert vote(boards, [idle, (0, 0, True, True), idle]) == CommonStep((0,) * 3, (0,) * 3, True)
     assert vote(boards, [idle] * 3) is None
+
+
+def test_requests_that_wait_keep_all_ranks_going(boards):
+    idle = (0, 0, True, False)
+    boards[1].open(1, 2, 0)
+    assert vote(boards, [idle] * 3) == CommonStep((0,) * 3, (0,) * 3, True)
+    assert boards[1].take(2) == range(1)
+    boards[1].drain()
+    assert vote(boards, [idle] * 3) is None
+
+
+def test_a_rank_without_work_computes_padding():
+    step = CommonStep((8, 0, 3), (1, 0, 3), False)
+    assert step.padded(None) == ((8, 1, 3), (1, 1, 3))
+    assert step.padded(4) == ((4, 4, 4), (4, 4, 4))
 
 
 def test_many_votes_in_a_row(boards):

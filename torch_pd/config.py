@@ -108,15 +108,14 @@ _AVAILABLE: Mapping[str, tuple] = {
     "host_kv_gib": (0.0,),
     "disk_kv_gib": (0.0,),
     "disk_kv_path": (None,),
-    "weights": ("auto", "resident"),
-    "weight_layout": ("shard",),
-    "weight_replicas": (1,),
-    "remote_mode": ("auto",),
+    "remote_mode": ("auto", "ship"),
     "ring_gib": (None,),
-    "param_ranks": (None,),
     "data_ranks": (None,),
 }
 """Fields of which only these values are built so far; a row goes when its feature comes."""
+
+
+_POOLED_ONLY = {"weight_layout", "weight_replicas", "remote_mode", "param_ranks"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +185,8 @@ class EngineConfig:
                     f"{name}={value!r} is not available in this version "
                     f"(only {only} {'is' if len(available) == 1 else 'are'})"
                 )
+        if self.weights != "pooled":
+            self._check_not_pooled()
         if self.device == "cpu":
             self._check_cpu()
 
@@ -228,6 +229,15 @@ class EngineConfig:
     def gpu_memory_share(self) -> float:
         """gpu_memory_utilization with its default filled in."""
         return 0.9 if self.gpu_memory_utilization is None else self.gpu_memory_utilization
+
+    def _check_not_pooled(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in _POOLED_ONLY and value != f.default:
+                raise ValueError(
+                    f"{f.name}={value!r} has no meaning with weights={self.weights!r}; leave it "
+                    "out, or give weights='pooled'"
+                )
 
     def _check_cpu(self) -> None:
         if self.gpu_memory_utilization is not None:

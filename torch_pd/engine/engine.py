@@ -19,13 +19,14 @@ from torch_pd.engine.detokenizer import Detokenizer
 from torch_pd.engine.draw import derive_seed
 from torch_pd.engine.inflight import InFlight, Output, Request
 from torch_pd.engine.limits import Limits
+from torch_pd.engine.lockstep import Lockstep
 from torch_pd.engine.runner import NONE, Runner
 from torch_pd.engine.sampler import Sampler, SamplingRow, bad_logits
 from torch_pd.engine.scheduler import Plan, Scheduler
 from torch_pd.engine.sequence import Sequence, Status
 from torch_pd.engine.tickets import Ticket
 from torch_pd.kv.pages import PageAllocator
-from torch_pd.nn.patch import is_patched, kv_shape, new_pool, patch_model, unpatch_model
+from torch_pd.nn.patch import device_of, is_patched, kv_shape, new_pool, patch_model, unpatch_model
 from torch_pd.request import Logprob, RequestOutput
 from torch_pd.sizing import (
     GIB,
@@ -79,6 +80,8 @@ class Engine:
         config: settings.
         world: the ranks beside this one; they share the CPU's memory, and the shortest of their
             max_model_len is everyone's.
+        lockstep: by what ranks with shared weights agree on each step; their engines must step
+            alike, with requests or without, until `group_idle`.
 
     Raises:
         ValueError: memory does not suffice or a setting contradicts the model.
@@ -90,9 +93,13 @@ class Engine:
         tokenizer: "PreTrainedTokenizerBase | None",
         config: EngineConfig,
         world: World | None = None,
+        lockstep: Lockstep | None = None,
     ):
         self.config = config
         self.world = world
+        self.lockstep = lockstep
+        self.group_idle = True
+        """In lockstep: no rank had a request when they last voted."""
         self.tokenizer = tokenizer
         self.model = model
         self.vocab_size = int(model.config.get_text_config().vocab_size)
@@ -108,12 +115,12 @@ class Engine:
 
     def _set_up(self, model: "PreTrainedModel") -> None:
         config = self.config
-        parameter = next(model.parameters())
+        device = device_of(model)
         shape = kv_shape(model, config.block_size)
         if config.kv_cache_gib is not None:
             budget, setting = int(config.kv_cache_gib * GIB), f"kv_cache_gib={config.kv_cache_gib}"
-        elif parameter.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(parameter.device)
+        elif device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
             budget = gpu_kv_bytes(free, total, config.gpu_memory_share)
             setting = f"gpu_memory_utilization={config.gpu_memory_share}"
         else:
@@ -148,14 +155,19 @@ class Engine:
         self.eos_token_ids = _eos_token_ids(model, self.tokenizer)
         self.sampler = Sampler(self.vocab_size, self.eos_token_ids)
         self.runner = Runner(
-            model, self.pool, self.scheduler, self.sampler, config.max_num_batched_tokens
+            model,
+            self.pool,
+            self.scheduler,
+            self.sampler,
+            config.max_num_batched_tokens,
+            ranks=0 if self.lockstep is None else self.lockstep.ranks,
         )
         self.overlap = True
         """Steps are launched before the tokens of the last one are known; results are the same."""
         self._under_way: UnderWay | None = None
         if config.enforce_eager:
             self.runner.no_graphs = "enforce_eager=True"
-        elif parameter.device.type == "cuda":
+        elif device.type == "cuda":
             self.runner.capture()
         self._requests: dict[str, InFlight] = {}
         self._num_requests = 0
@@ -276,7 +288,8 @@ class Engine:
             if finished:
                 self._counts["finished_requests"] += 1
                 self._forget(running)
-        if not self._requests:
+        if not self._requests and (self.lockstep is None or self.group_idle):
+            # In lockstep, waiting for a step here would keep the others waiting.
             self._drain()
             self.scheduler.check()
         return outputs
@@ -297,12 +310,23 @@ class Engine:
         assert not plan.failed, plan.failed[0].error
         self._counts["preemptions"] += len(plan.preempted)
         grown: dict[str, InFlight] = {}
-        launched = None
-        if plan.seqs:
+        launched = common = None
+        wanted = self._wanted_prompt_logprobs(plan)
+        extra = np.concatenate(
+            [NONE, *(np.arange(first, first + count) for _, first, _, count in wanted)]
+        )
+        if self.lockstep is not None:
+            common = self.lockstep.agree(
+                plan.num_tokens,
+                plan.num_samples + len(extra),
+                decoding=plan.decodes and not len(extra),
+                busy=bool(self._requests),
+            )
+            self.group_idle = common is None
+            assert common is not None or not plan.seqs
+        if plan.seqs or common is not None:
             self._counts["steps"] += 1
-            wanted = self._wanted_prompt_logprobs(plan)
-            extra = [np.arange(first, first + count) for _, first, _, count in wanted]
-            ticket = self.runner.launch(plan, extra=np.concatenate([NONE, *extra]))
+            ticket = self.runner.launch(plan, extra=extra, common=common)
             launched = UnderWay(plan, ticket, wanted)
         before, self._under_way = self._under_way, launched
         if before is not None:
@@ -477,6 +501,8 @@ class Engine:
         self._drop_all()
         if self._patched_here:
             unpatch_model(self.model)
+        if self.lockstep is not None:
+            self.lockstep.leave()
         del self.runner, self.pool, self.model
 
 

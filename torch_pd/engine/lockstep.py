@@ -21,6 +21,14 @@ class CommonStep:
     decoding: bool
     """No rank does anything but decode one token a sequence."""
 
+    def padded(self, size: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """``tokens`` and ``selected`` as they are run: a rank without work computes a row of
+        padding and its logits; with a size, all ranks compute that many."""
+        if size is not None:
+            return (size,) * len(self.tokens), (size,) * len(self.tokens)
+        pairs = zip(self.tokens, self.selected, strict=True)
+        return tuple(max(1, n) for n in self.tokens), tuple(m if n else 1 for n, m in pairs)
+
 
 class Lockstep:
     """Votes for one step after the other; every rank of the group calls `agree` for each.
@@ -29,11 +37,17 @@ class Lockstep:
     with steps planned ahead the device does not notice it.
 
     Args:
-        board: of the ranks that share one copy of the weights.
+        board: of the ranks that share one copy of the weights, for the votes.
+        queue: where requests wait for all ranks; the same board if there is one copy.
     """
 
-    def __init__(self, board: Board) -> None:
-        self.board = board
+    def __init__(self, board: Board, queue: Board) -> None:
+        self._board, self._queue = board, queue
+
+    @property
+    def ranks(self) -> int:
+        """How many run every step together."""
+        return self._board.world
 
     def agree(self, tokens: int, selected: int, *, decoding: bool, busy: bool) -> CommonStep | None:
         """The next common step, or None if no rank is busy and so none runs anything.
@@ -41,14 +55,14 @@ class Lockstep:
         Args:
             tokens, selected: of this rank's plan; 0 if it has none.
             decoding: it has no plan, or one that only decodes.
-            busy: it has requests under way, or knows of some that wait for a rank.
+            busy: it has requests under way. Those that wait in the queue count as well.
 
         Raises:
             GroupError: another rank is gone or failed.
         """
         assert 0 <= selected < 1 << _SELECTED_BITS
-        flags = busy * _BUSY | (not decoding) * _MIXED
-        self.board.ready(tokens << _SELECTED_BITS | selected, flags)
+        flags = (busy or self._queue.left > 0) * _BUSY | (not decoding) * _MIXED
+        self._board.ready(tokens << _SELECTED_BITS | selected, flags)
         commit = self._wait()
         if not commit.flags & _BUSY:
             return None
@@ -62,7 +76,13 @@ class Lockstep:
     def _wait(self) -> Commit:
         while True:
             try:
-                return self.board.wait(_WAIT_S)
+                return self._board.wait(_WAIT_S)
             except TimeoutError:
-                # Python's own signals are handled between two waits.
-                continue
+                # Ranks of other copies are not on this board. (And Python handles signals here.)
+                if self._queue is not self._board:
+                    self._queue.check()
+
+    def leave(self) -> None:
+        """Says goodbye to the ranks of this copy; the queue's board stays."""
+        if self._queue is not self._board:
+            self._board.leave()

@@ -48,6 +48,11 @@ class Plan:
         return int(self.counts.max())
 
     @property
+    def decodes(self) -> bool:
+        """Every sequence computes one token and samples the next; true of an empty plan."""
+        return bool(self.samples.all()) and bool((self.counts == 1).all())
+
+    @property
     def num_samples(self) -> int:
         """Tokens that update expects."""
         return int(np.count_nonzero(self.samples))

@@ -19,12 +19,13 @@ from torch_pd import ops
 from torch_pd.context import Batch, GroupBatch
 from torch_pd.engine.choices import HOST, PLAIN, Choices
 from torch_pd.engine.graphs import DecodeGraphs, bucket_sizes
+from torch_pd.engine.lockstep import CommonStep
 from torch_pd.engine.sampler import SLICE, Sampler, SamplerOutput, SamplingRow
 from torch_pd.engine.scheduler import Plan, Scheduler
 from torch_pd.engine.staging import Staging
 from torch_pd.engine.tickets import Ticket, Tickets
 from torch_pd.kv.cache import KVPool
-from torch_pd.nn.patch import forward_packed
+from torch_pd.nn.patch import forward_packed, patch_state
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Runner:
         scheduler: whose tables the plans refer to.
         sampler: draws on the CPU.
         max_tokens: of a step.
+        ranks: that run every step together, for models whose linears are shipped; 0: none.
     """
 
     def __init__(
@@ -75,11 +77,14 @@ class Runner:
         scheduler: Scheduler,
         sampler: Sampler,
         max_tokens: int,
+        ranks: int = 0,
     ):
         self.model = model
         self.pool = pool
         self.tables = scheduler.tables
         self.sampler = sampler
+        self._ranks = ranks
+        self._state = patch_state(model)
         self.choices = Choices(self.tables, sampler.vocab_size)
         rows, width = self.tables.block_tables.shape
         device = pool.device
@@ -116,6 +121,7 @@ class Runner:
     def _prepare_capture(self, size: int) -> Callable[[], Tensor]:
         step = self._on_device(empty_plan(), size)
         self._to_graph(step)
+        self._share([size] * self._ranks, [size] * self._ranks)
 
         def run() -> Tensor:
             logits = self._forward(step)
@@ -131,16 +137,25 @@ class Runner:
         self._block_tables[:rows, :width].copy_(group.block_tables)
         group.block_tables = self._block_tables[:rows]
 
+    def _share(self, tokens: Sequence[int], selected: Sequence[int]) -> None:
+        """Tells the model how many rows each rank brings to its layers and to its head."""
+        running = self._state.running
+        running.rows = tokens
+        running.head_rows = selected if self._state.takes_select else tokens
+
     # Steps.
 
-    def launch(self, plan: Plan, *, rows: int = 0, extra: np.ndarray = NONE) -> Ticket:
+    def launch(
+        self, plan: Plan, *, extra: np.ndarray = NONE, common: CommonStep | None = None
+    ) -> Ticket:
         """Starts a step and draws its tokens; does not wait for a GPU.
 
         Args:
-            plan: may be empty if ``rows`` is given.
-            rows: at least this many rows, padded with such as compute and draw for nobody: ranks
-                in lockstep run one size. Only for plans in which every sequence decodes.
+            plan: may be empty in a common step.
             extra: tokens of the plan whose logits the ticket holds behind those that sample.
+            common: what all ranks bring, where they run every step together. A rank that has
+                nothing computes a row of padding; where all decode, and there are graphs, all pad
+                to one size.
 
         Returns:
             A ticket for `wait`. Where rows of the plan need the host (`choices.HOST`) or ``extra``
@@ -148,10 +163,15 @@ class Runner:
         """
         self.choices.update(plan)
         kind = self.choices.kind_of(plan)
-        decodes = bool(plan.samples.all()) and bool((plan.counts == 1).all()) and not len(extra)
-        assert decodes or not rows, "only decoding steps are padded"
-        size = max(rows, len(plan.seqs)) if decodes else 0
-        graph = self.graphs.size_for(size) if self.graphs is not None and decodes else None
+        size = largest = len(plan.seqs) if plan.decodes and not len(extra) else 0
+        captured = bool(size)
+        if common is not None:
+            size, largest = (size if plan.seqs else 1), max(1, *common.tokens)
+            captured = common.decoding
+        graph = self.graphs.size_for(largest) if self.graphs is not None and captured else None
+        if common is not None:
+            tokens, selected = common.padded(graph)
+            self._share(tokens, selected)
         ticket = self.tickets.begin(plan.num_samples)
         with record_function("prepare"):
             step = self._on_device(plan, size if graph is None else graph, extra)

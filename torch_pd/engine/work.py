@@ -56,15 +56,28 @@ def run(engine: Engine, board: Board, call: Call) -> Generator[list[RequestOutpu
             for request in _take(engine, board, call, lengths, len(pending)):
                 engine.add(request, stream=call.stream)
                 pending.add(request.request_id)
-            if not engine.has_unfinished:
+            if engine.lockstep is None and not engine.has_unfinished:
                 return
             outputs = engine.step()
             pending.difference_update(o.request_id for o in outputs if o.finished)
             yield outputs
+            if engine.lockstep is not None and engine.group_idle:
+                return
+    except GeneratorExit:
+        _drop(engine, board, pending)
+        # The others go on until they have heard of it.
+        while engine.lockstep is not None and not engine.group_idle:
+            engine.step()
+        raise
     finally:
-        for request_id in pending:
-            engine.abort(request_id)
-        board.set_running(0)
+        _drop(engine, board, pending)
+
+
+def _drop(engine: Engine, board: Board, pending: set[str]) -> None:
+    """Ends this rank's part of a call."""
+    while pending:
+        engine.abort(pending.pop())
+    board.set_running(0)
 
 
 def _take(

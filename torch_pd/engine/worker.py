@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch_pd.config import EngineConfig
 from torch_pd.dist import World, connect, free_port_store
 from torch_pd.engine.engine import Engine
+from torch_pd.engine.sharing import load_shared
 from torch_pd.engine.work import Call, run
 from torch_pd.launch import Phase, Ranks
 from torch_pd.weights.loader import load_model, load_tokenizer
@@ -48,6 +49,10 @@ def make_engine(
     world: World | None,
 ) -> Engine:
     """Loads a model and builds the engine on it; collective where there is a world."""
+    if config.weights == "pooled":
+        assert world is not None
+        shared, lockstep = load_shared(model, config, world)
+        return Engine(shared, tokenizer, config, world, lockstep)
     loaded = load_model(
         model,
         dtype=config.dtype,

@@ -1,0 +1,92 @@
+"""LLM over weights that spawned ranks share, against one engine that holds all of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from torch_pd import LLM, SamplingParams
+
+SETTINGS = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_gib": 0.01}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A random Llama whose three KV heads do not divide among two or four ranks."""
+    path = tmp_path_factory.mktemp("pooled")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=509,
+        hidden_size=48,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=8,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def work():
+    """Prompts and parameters of very different lengths, a third of them sampled."""
+    torch.manual_seed(1)
+    lengths, outputs = torch.randint(1, 60, (24,)), torch.randint(1, 40, (24,))
+    prompts = [torch.randint(3, 500, (int(n),)).tolist() for n in lengths]
+    params = [
+        SamplingParams(max_tokens=int(m), temperature=float(i % 3 == 0), ignore_eos=True, seed=i)
+        for i, m in enumerate(outputs)
+    ]
+    return prompts, params
+
+
+@pytest.fixture(scope="module")
+def want(folder, work):
+    with LLM(folder, **SETTINGS) as llm:
+        return [output.outputs[0].token_ids for output in llm.generate(*work, use_tqdm=False)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (2, {}),
+        (4, {"weight_replicas": 2}),
+        (3, {"weight_layout": "layer"}),
+        (3, {"param_ranks": [2, 0]}),
+    ],
+)
+def test_tokens_are_those_of_one_engine(folder, work, want, ranks, settings):
+    shared = {"data_parallel_size": ranks, "weights": "pooled", "remote_mode": "ship"}
+    with LLM(folder, **shared, **settings, **SETTINGS) as llm:
+        # Leaving a call drops it on all ranks, whatever step they are in.
+        prompts, params = work
+        for output in llm.stream(prompts, params):
+            assert not output.finished or output.request_id
+            break
+        for _ in range(2):
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            assert [output.outputs[0].token_ids for output in outputs] == want
+        steps = [rank["steps"] for rank in llm.stats()["ranks"]]
+        width = ranks // settings.get("weight_replicas", 1)
+        for first in range(0, ranks, width):
+            assert len(set(steps[first : first + width])) == 1, "a group's ranks step together"
+
+
+def test_a_folder_is_needed(folder):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="give a folder"):
+        LLM(model, data_parallel_size=2, weights="pooled")
+
+
+def test_fields_of_pooled_weights_alone():
+    for setting in ({"weight_layout": "layer"}, {"param_ranks": [0]}, {"remote_mode": "ship"}):
+        (name,) = setting
+        with pytest.raises(ValueError, match=f"{name}=.*weights='pooled'"):
+            LLM("model", data_parallel_size=2, **setting)

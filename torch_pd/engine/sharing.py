@@ -1,0 +1,62 @@
+"""A model whose weights are shared by the ranks, ready for an engine."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from torch_pd.board import Board
+from torch_pd.config import EngineConfig
+from torch_pd.dist import START_TIMEOUT_S, World
+from torch_pd.engine.lockstep import Lockstep
+from torch_pd.nn.pooled import pool_model
+from torch_pd.nn.pooled_model import load_pooled
+from torch_pd.weights.layout import group_of
+from torch_pd.weights.ship import Exchange
+from torch_pd.weights.source import Resident
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_shared(
+    model: Any, config: EngineConfig, world: World
+) -> "tuple[PreTrainedModel, Lockstep | None]":
+    """Loads this rank's part of a model. Collective.
+
+    Returns:
+        The model, and what its ranks agree on their steps by: None if this rank holds all of it
+        (as many replicas as ranks).
+
+    Raises:
+        ValueError: the model cannot be shared like this.
+    """
+    if not isinstance(model, (str, Path)):
+        raise ValueError(
+            f"weights='pooled' reads each rank's part from the files: give a model folder, not a "
+            f"{type(model).__name__}"
+        )
+    loaded, weights = load_pooled(model, config, world.rank, world.size, world.device)
+    if weights.size == 1:
+        return pool_model(loaded, weights, source=Resident([weights])), None
+    group, board = _meet(world, config.weight_replicas)
+    return pool_model(loaded, weights, Exchange(group)), Lockstep(board, world.board)
+
+
+def _meet(world: World, replicas: int) -> tuple[dist.ProcessGroup, Board]:
+    """The process group and the board of the ranks that share one copy."""
+    if replicas == 1:
+        return world.group, world.board
+    ranks = group_of(world.size, world.rank, replicas)
+    width = len(ranks)
+    # All ranks make all groups, in one order.
+    groups = [
+        dist.new_group(list(range(first, first + width))) for first in range(0, world.size, width)
+    ]
+    first = world.rank == ranks[0]
+    board = Board("", 0, width) if first else None
+    names = world.all_gather(board.name if board is not None else None)
+    if board is None:
+        board = Board(names[ranks[0]], ranks.index(world.rank), width)
+    board.wait_for_all(START_TIMEOUT_S)
+    return groups[ranks[0] // width], board
