@@ -159,7 +159,34 @@ def plan(
     Raises:
         ValueError: nothing fits, with the arithmetic; or a number that cannot be.
     """
-    settings = EngineConfig.from_kwargs(**config)
+    return plan_settings(
+        model,
+        EngineConfig.from_kwargs(**config),
+        gpus=gpus,
+        gpu_memory=gpu_memory,
+        input=input,
+        output=output,
+        num_prompts=num_prompts,
+        machine=machine,
+    )
+
+
+def plan_settings(
+    model: "str | Path | ModelShape",
+    settings: EngineConfig,
+    *,
+    gpus: int,
+    gpu_memory: float,
+    input: int = 1024,
+    output: int = 256,
+    num_prompts: int | None = None,
+    machine: Machine | None = None,
+) -> Plan:
+    """`plan` for settings at hand; also what weights="auto" follows, for prompts of usual length.
+
+    Raises:
+        ValueError: see `plan`.
+    """
     machine = machine or Machine()
     num_prompts = 256 * gpus if num_prompts is None else num_prompts
     for name, value in (

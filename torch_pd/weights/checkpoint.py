@@ -187,6 +187,8 @@ class _Reader:
         self.streams = {device: torch.cuda.Stream(device) for device in devices}
         self.turn = 0
         self.pinned = bool(devices)
+        if devices:  # a new thread stands on GPU 0, and pinning would start a context there
+            stack.enter_context(torch.cuda.device(min(devices, key=str)))
         for stream in self.streams.values():
             for event in ready:  # the targets' memory may still be in use there
                 stream.wait_event(event)
