@@ -1,17 +1,21 @@
-"""Weights shared by several ranks: what a shipped step costs.
+"""Weights shared by several ranks: what a shipped step costs, and what comes out end to end.
 
     torchrun --nproc-per-node 4 bench/pool.py linears [--rows 16 64 256 512] [--json FILE]
     torchrun --nproc-per-node 4 bench/pool.py exchanges
+    python bench/pool.py generate --ranks 4 [--prompts 2048 --input 128 --output 512]
 
 ``linears``: all linears of one step (no norms, no attention) over shards of random weights, every
 rank with the same number of rows: the exchanges with the other ranks and the parts of the linears,
-replayed as one CUDA graph. ``exchanges``: the four exchanges alone. Without GPUs both run on the
-CPU over gloo; give a small ``--shape``.
+replayed as one CUDA graph. ``exchanges``: the four exchanges alone. ``generate``: the LLM with
+random weights and prompts, lengths uniform within 50% of the mean; the ranks are spawned, or are
+torchrun's. Without GPUs all of it runs on the CPU over gloo; give a small ``--shape``.
 """
 
 import argparse
 import json
 import os
+import random
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import Qwen3Config
 
+from torch_pd import LLM, SamplingParams
 from torch_pd.nn.attention import Pass
 from torch_pd.nn.pooled import PooledAttention, PooledMLP, Shared
 from torch_pd.weights.layout import ModelDims, make_layout
@@ -156,6 +162,69 @@ def exchanges(dims: ModelDims, exchange: Exchange, timer: Timer, rows: list[int]
     return found
 
 
+def generate(args: argparse.Namespace) -> list[dict]:
+    dims = SHAPES[args.shape]
+    config = Qwen3Config(
+        num_hidden_layers=args.layers or dims.num_layers,
+        hidden_size=dims.hidden_size,
+        num_attention_heads=dims.num_heads,
+        num_key_value_heads=dims.num_kv_heads,
+        head_dim=dims.head_dim,
+        intermediate_size=dims.intermediate_size,
+        vocab_size=dims.vocab_size,
+        tie_word_embeddings=dims.tied,
+        max_position_embeddings=args.max_len,
+    )
+    dice = random.Random(0)
+    spread = args.input // 2
+    prompts = [
+        [dice.randrange(dims.vocab_size) for _ in range(args.input + dice.randint(-spread, spread))]
+        for _ in range(args.prompts)
+    ]
+    params = SamplingParams(temperature=0.0, max_tokens=args.output, ignore_eos=True)
+    ranks = {} if dist.is_torchelastic_launched() else {"data_parallel_size": args.ranks}
+    settings = {name: json.loads(value) for name, value in args.set}
+    # One place for all ranks of torchrun, each of which may be the first to write it.
+    folder = Path(tempfile.gettempdir()) / f"torch_pd-bench-{args.shape}"
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as new:
+        config.save_pretrained(new)
+        (Path(new) / "config.json").replace(folder / "config.json")
+    start = time.perf_counter()
+    with LLM(folder, load_format="dummy", weights="pooled", **ranks, **settings) as llm:
+        started = time.perf_counter() - start
+        found = []
+        for round in range(args.rounds):
+            start = time.perf_counter()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            seconds = time.perf_counter() - start
+            tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+            each = llm.stats()["ranks"]
+            row = {
+                "what": "generate",
+                "round": round,
+                "start_s": started,
+                "seconds": seconds,
+                "output_tokens_per_s": tokens / seconds,
+                "kv_tokens": sum(rank["kv_tokens"] for rank in each),
+                "ranks": each,
+            }
+            found.append(row)
+            if dist.is_torchelastic_launched() and dist.get_rank():
+                continue
+            print(
+                f"round {round}: start {started:.1f} s, {tokens:,} tokens in {seconds:.1f} s = "
+                f"{tokens / seconds:,.0f} tok/s, {row['kv_tokens']:,} KV tokens",
+                flush=True,
+            )
+            names = ["steps", "graph_steps", "output_tokens", "preemptions"]
+            names += ["device_idle_share", "step_seconds", "kv_tokens"]
+            for rank, stats in enumerate(each):
+                shown = ", ".join(f"{name} {stats[name]:,.6g}" for name in names)
+                print(f"  rank {rank}: {shown}", flush=True)
+    return found
+
+
 def show(exchange: Exchange, row: dict) -> None:
     if exchange.rank == 0:
         times = "  ".join(f"{key} {row[key]:9.4f} ms" for key in ("graph", "eager") if key in row)
@@ -164,12 +233,26 @@ def show(exchange: Exchange, row: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="+", choices=["linears", "exchanges"])
+    parser.add_argument("what", nargs="+", choices=["linears", "exchanges", "generate"])
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-32b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 256, 512])
+    parser.add_argument("--ranks", type=int, default=2, help="generate: to spawn")
+    parser.add_argument("--prompts", type=int, default=2048)
+    parser.add_argument("--input", type=int, default=128, help="mean prompt length")
+    parser.add_argument("--output", type=int, default=512)
+    parser.add_argument("--max-len", type=int, default=4096, help="the model's longest sequence")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--set", nargs=2, action="append", default=[], metavar=("FIELD", "JSON"), help="of the LLM"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if "generate" in args.what:
+        results = generate(args)
+        if args.json and not (dist.is_initialized() and dist.get_rank()):
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+        return
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
