@@ -278,7 +278,6 @@ def start(board, rank, steps, fate="lives"):
 
 
 def test_processes_late_starts_delays_and_a_death():
-    before = set(os.listdir("/dev/shm"))
     board = Board("", 0, 3)
     others = [start(board, 1, 60), start(board, 2, 120, "dies")]
     board.wait_for_all(60)
@@ -296,7 +295,6 @@ def test_processes_late_starts_delays_and_a_death():
         board.check()
     others[1].kill()
     others[1].communicate(timeout=30)
-    assert set(os.listdir("/dev/shm")) == before
 
 
 def test_sigkill_between_votes_is_noticed_by_all():

@@ -24,7 +24,7 @@ from torch_pd.engine.inflight import Request
 from torch_pd.engine.limits import Limits
 from torch_pd.engine.work import Call, run
 from torch_pd.engine.worker import ABORT, ABORTED, STATS, STOP, Setup, make_engine
-from torch_pd.launch import Ranks
+from torch_pd.launch import Ranks, readable
 from torch_pd.request import RequestOutput
 
 if TYPE_CHECKING:
@@ -277,9 +277,9 @@ class Joined:
                 yield output
         except GeneratorExit:  # the caller left the loop
             self._world.board.drain()
-            own.close()
             for rank in sorted(working):
                 self._links[rank].send(ABORT)
+            own.close()  # in lockstep it waits for the others to hear of it
             while working:
                 self._receive(call, working, 0.1)
             self._send_all([])
@@ -295,7 +295,8 @@ class Joined:
     ) -> Iterator[RequestOutput]:
         for some in own:
             yield from some
-            yield from self._receive(call, working, 0.0)
+            if any(readable(self._links[rank]) for rank in working):
+                yield from self._receive(call, working, 0.0)
         while working:
             yield from self._receive(call, working, 0.1)
 
@@ -321,7 +322,7 @@ class Joined:
         for some in own:
             if some:
                 link.send(some)
-            if link.poll():
+            if readable(link):
                 message = self._read(link, 0)
                 assert message == ABORT, message
                 own.close()

@@ -13,7 +13,7 @@ from torch_pd.dist import World, connect, free_port_store
 from torch_pd.engine.engine import Engine
 from torch_pd.engine.sharing import load_shared
 from torch_pd.engine.work import Call, run
-from torch_pd.launch import Phase, Ranks
+from torch_pd.launch import Phase, Ranks, readable
 from torch_pd.weights.loader import load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def serve(link: Connection, engine: Engine, world: World, call: Call) -> None:
     for some in outputs:
         if some:
             link.send(some)
-        if link.poll():
+        if readable(link):
             message = link.recv()
             assert message == ABORT, message
             world.board.drain()
