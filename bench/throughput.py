@@ -4,20 +4,23 @@
 
 The work: prompts of 20 to 120 words, a fixed number of output tokens, greedy. The engine's tokens
 are compared with transformers'. Prints tokens/s, the ratio to transformers' padded float32
-generate (best of several rounds in turn), and the share of the measured GEMM peak that the work's
-FLOPs amount to.
+generate (best of several rounds in turn, every engine in a process of its own), and the share of
+the measured GEMM peak of its dtype that the work's FLOPs amount to. Takes 3 to 6 minutes.
 """
 
 import argparse
 import json
+import multiprocessing
 import platform
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -58,14 +61,17 @@ def make_prompts(count: int, seed: int = 0) -> list[str]:
     return prompts
 
 
-def gemm_peak() -> float:
-    """FLOP/s of a large float32 matrix product on all threads: the limit that shares refer to."""
-    a = torch.randn(2048, 2048)
+def gemm_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest large matrix product on all threads, torch's or ours: the limit that
+    shares refer to."""
+    a = torch.randn(2048, 2048).to(dtype)
+    out = torch.empty_like(a)
     times = []
     for _ in range(6):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
+        for multiply in (lambda: a @ a, lambda: ops.linear(a, a, None, out)):
+            start = time.perf_counter()
+            multiply()
+            times.append(time.perf_counter() - start)
     return 2 * 2048**3 / min(times)
 
 
@@ -80,50 +86,107 @@ def model_flops(model: torch.nn.Module, tokens: int, sampled: int) -> float:
     return 2.0 * (blocks * tokens + head * sampled)
 
 
-def best_of(run: Callable[[], Any], repeats: int = 2) -> tuple[float, Any]:
-    """Seconds of the fastest run, and the result; the first one also touches fresh memory."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = run()
-        times.append(time.perf_counter() - start)
-    return min(times), result
+Generate = Callable[[int], list[list[int]]]
+"""Output tokens of all prompts, so many of each."""
 
 
-def run_padded(folder: Path, prompts: list[str], out: int) -> tuple[float, list[list[int]]]:
+@contextmanager
+def padded(folder: Path, prompts: list[str]) -> Iterator[Generate]:
+    """transformers' generate on the prompts padded to one length, float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
-    options = {"max_new_tokens": out, "min_new_tokens": out, "do_sample": False}
-    seconds, result = best_of(lambda: model.generate(**batch, **options))
-    return seconds, result[:, batch.input_ids.shape[1] :].tolist()
+
+    def run(out: int) -> list[list[int]]:
+        options = {"max_new_tokens": out, "min_new_tokens": out, "do_sample": False}
+        return model.generate(**batch, **options)[:, batch.input_ids.shape[1] :].tolist()
+
+    yield run
 
 
-def run_generate_batch(folder: Path, prompts: list[str], out: int) -> tuple[float, list[list[int]]]:
+@contextmanager
+def generate_batch(folder: Path, prompts: list[str]) -> Iterator[Generate]:
+    """transformers' continuous batching, float32."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="paged|sdpa"
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = GenerationConfig(
-        max_new_tokens=out, min_new_tokens=out, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
     inputs = [tokenizer(text).input_ids for text in prompts]
-    seconds, result = best_of(
-        lambda: model.generate_batch(inputs=inputs, generation_config=config, progress_bar=False)
-    )
-    # Results are keyed by request; their order of arrival is the order of the prompts.
-    ordered = sorted(result.items(), key=lambda item: int(item[0].rsplit("_", 1)[-1]))
-    return seconds, [list(output.generated_tokens) for _, output in ordered]
+
+    def run(out: int) -> list[list[int]]:
+        config = GenerationConfig(
+            max_new_tokens=out, min_new_tokens=out, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+        result = model.generate_batch(inputs=inputs, generation_config=config, progress_bar=False)
+        # Results are keyed by request; the numbers of the requests are in the prompts' order.
+        ordered = sorted(result.items(), key=lambda item: int(item[0].rsplit("_", 1)[-1]))
+        return [list(output.generated_tokens) for _, output in ordered]
+
+    yield run
 
 
-def run_torch_pd(
-    folder: Path, prompts: list[str], out: int, dtype: str
-) -> tuple[float, list[list[int]]]:
-    params = SamplingParams(temperature=0.0, max_tokens=out, ignore_eos=True)
+@contextmanager
+def ours(folder: Path, prompts: list[str], dtype: str) -> Iterator[Generate]:
+    """torch_pd's engine."""
     with LLM(folder, dtype=dtype, enable_prefix_caching=False) as llm:
-        seconds, outputs = best_of(lambda: llm.generate(prompts, params, use_tqdm=False))
-    return seconds, [list(output.outputs[0].token_ids) for output in outputs]
+
+        def run(out: int) -> list[list[int]]:
+            params = SamplingParams(temperature=0.0, max_tokens=out, ignore_eos=True)
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            return [list(output.outputs[0].token_ids) for output in outputs]
+
+        yield run
+
+
+ENGINES: dict[str, tuple[str, Callable[..., AbstractContextManager[Generate]]]] = {
+    "transformers generate, padded, float32": ("float32", padded),
+    "transformers generate_batch, float32": ("float32", generate_batch),
+    "torch_pd, float32": ("float32", partial(ours, dtype="float32")),
+    "torch_pd, bfloat16": ("bfloat16", partial(ours, dtype="bfloat16")),
+}
+WARM_UP_TOKENS = 4
+
+
+def serve(name: str, folder: Path, prompts: list[str], out: int, pipe: Connection) -> None:
+    """Body of an engine's process: a timed run (seconds, tokens) for every message, until None."""
+    with ENGINES[name][1](folder, prompts) as run:
+        run(WARM_UP_TOKENS)  # fresh memory, lazy set-up
+        pipe.send("ready")
+        while pipe.recv() is not None:
+            start = time.perf_counter()
+            tokens = run(out)
+            pipe.send((time.perf_counter() - start, tokens))
+
+
+def measure(
+    names: list[str], rounds: int, work: tuple[Path, list[str], int]
+) -> tuple[dict[str, list[float]], dict[str, list[list[int]]]]:
+    """Seconds of every round and the tokens of the last one, for each engine.
+
+    Every engine has a process of its own, so none runs with another's threads and memory. They run
+    in turn, since a shared machine is not equally fast all the time; the others wait meanwhile.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    processes = []
+    for name in names:
+        pipes[name], end = context.Pipe()
+        processes.append(context.Process(target=serve, args=(name, *work, end), daemon=True))
+        processes[-1].start()
+        end.close()  # so that a dead process ends the wait for it
+        pipes[name].recv()  # ready
+    times: dict[str, list[float]] = {name: [] for name in names}
+    tokens: dict[str, list[list[int]]] = {}
+    for _ in range(rounds):
+        for name in names:
+            pipes[name].send("run")
+            seconds, tokens[name] = pipes[name].recv()
+            times[name].append(seconds)
+    for name, process in zip(names, processes, strict=True):
+        pipes[name].send(None)
+        process.join()
+    return times, tokens
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
@@ -136,11 +199,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="model folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--num-prompts", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument(
-        "--rounds", type=int, default=2, help="of all engines in turn; the best counts"
-    )
-    parser.add_argument("--skip-peers", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=3, help="of all engines; the best counts")
+    parser.add_argument("--skip-peers", action="store_true", help="only torch_pd")
+    parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
 
     folder = args.model or prepare()
@@ -151,40 +212,28 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     flops = model_flops(model, prompt_tokens + output_tokens - args.num_prompts, output_tokens)
     del model
-    peak = gemm_peak()
 
-    engines: dict[str, Callable[[], tuple[float, list[list[int]]]]] = {}
-    work = (folder, prompts, args.output_len)
-    if not args.skip_peers:
-        engines["transformers generate, padded, float32"] = lambda: run_padded(*work)
-        engines["transformers generate_batch, float32"] = lambda: run_generate_batch(*work)
-    engines["torch_pd, float32"] = lambda: run_torch_pd(*work, "float32")
-    engines["torch_pd, bfloat16"] = lambda: run_torch_pd(*work, "bfloat16")
-    # In turn, since a shared machine is not equally fast all the time; the best of each counts.
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    tokens: dict[str, list[list[int]]] = {}
-    for _ in range(args.rounds):
-        for name, run in engines.items():
-            seconds, tokens[name] = run()
-            times[name].append(seconds)
-            peak = max(peak, gemm_peak())
-    first = next(iter(engines))
+    names = [name for name in ENGINES if not args.skip_peers or name.startswith("torch_pd")]
+    peaks = {dtype: gemm_peak(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+    times, tokens = measure(names, args.rounds, (folder, prompts, args.output_len))
+    peaks = {dtype: max(peak, gemm_peak(getattr(torch, dtype))) for dtype, peak in peaks.items()}
+    first = names[0]
     rows = [
         {
             "engine": name,
             "seconds": times[name],
             "output_tokens_per_second": output_tokens / min(times[name]),
             "ratio": min(times[first]) / min(times[name]),
-            "share_of_gemm_peak": flops / min(times[name]) / peak,
+            "share_of_gemm_peak": flops / min(times[name]) / peaks[ENGINES[name][0]],
             "equal_sequences": agreement(tokens[name], tokens[first]),
         }
-        for name in engines
+        for name in names
     ]
 
     print(
         f"{args.num_prompts} prompts, {prompt_tokens} prompt tokens, {output_tokens} output "
-        f"tokens, {torch.get_num_threads()} threads, {ops.cpu_isa()}, "
-        f"GEMM peak {peak / 1e9:.0f} GFLOP/s"
+        f"tokens, {torch.get_num_threads()} threads, {ops.cpu_isa()}, GEMM peak "
+        + ", ".join(f"{peak / 1e9:.0f} GFLOP/s {dtype}" for dtype, peak in peaks.items())
     )
     print(f"{'engine':42} {'tok/s':>7} {'ratio':>6} {'of peak':>8} {'equal':>6}")
     for row in rows:
@@ -211,7 +260,7 @@ def main() -> None:
                     "commit": commit,
                     "prompt_tokens": prompt_tokens,
                     "output_tokens": output_tokens,
-                    "gemm_peak_flops": peak,
+                    "gemm_peak_flops": peaks,
                     "rows": rows,
                 },
                 indent=1,
