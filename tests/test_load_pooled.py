@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 import textwrap
+import weakref
 
 import models
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from torch_pd.config import EngineConfig
+from torch_pd.nn import twin
 from torch_pd.nn.patch import describe, forward_packed, new_pool
 from torch_pd.nn.pooled import pool_model
 from torch_pd.nn.pooled_model import load_pooled
@@ -21,6 +23,7 @@ from torch_pd.nn.probe import batch_of
 from torch_pd.weights.checkpoint import Checkpoint
 from torch_pd.weights.layout import LINEARS
 from torch_pd.weights.loader import load_model
+from torch_pd.weights.skeleton import build_skeleton
 from torch_pd.weights.source import Resident
 
 torch.set_num_threads(1)
@@ -250,6 +253,23 @@ def test_peak_memory_is_little_more_than_the_shard(tmp_path):
     grown, shard = map(int, result.stdout.split())
     assert shard < 0.36 * total  # three of eight head groups, a third of the rest
     assert grown < 1.2 * shard + largest
+
+
+def test_the_twin_is_gone_before_the_arena_comes(tmp_path, monkeypatch):
+    models.build("gemma3").save_pretrained(tmp_path)
+    twins = []
+
+    def build(*args):
+        model = build_skeleton(*args)
+        twins.append(weakref.ref(model))
+        return model
+
+    def allocate(nbytes):
+        assert [made() for made in twins] == [None]
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(twin, "build_skeleton", build)
+    load_pooled(tmp_path, config(), 1, 2, "cpu", allocate)
 
 
 # What cannot be pooled.

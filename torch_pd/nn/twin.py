@@ -1,6 +1,7 @@
 """The twin of a model on meta: small, with numbers, to check what fused blocks compute."""
 
 import copy
+import gc
 
 import torch
 from torch import nn
@@ -107,13 +108,14 @@ def check_twin(
     dummy = Dummy(0)
     dummy.set_vectors(twin)
     materialise(twin, device)
-    matrices = [(name, p) for name, p in twin.named_parameters() if p.dim() >= 2]
-    dummy.fill([Slice.whole(name, parameter) for name, parameter in matrices])
+    dummy.fill([Slice.whole(n, p) for n, p in twin.named_parameters() if p.dim() >= 2])
     found = [_kind(block) for block in fused_blocks(patch_model(twin))]
     if found != [kinds[layer][1] for layer in chosen]:
         raise cannot_pool(
             model, f"a model of its layers {chosen} alone computes something else than they do"
         )
+    # A patched model refers to itself: without this it would stay until some later collection.
+    del twin
+    gc.collect()
     if torch.device(device).type == "cuda":
-        del twin
         torch.cuda.empty_cache()  # the arena may need the memory
