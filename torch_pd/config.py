@@ -108,14 +108,12 @@ _AVAILABLE: Mapping[str, tuple] = {
     "host_kv_gib": (0.0,),
     "disk_kv_gib": (0.0,),
     "disk_kv_path": (None,),
-    "remote_mode": ("auto", "ship"),
-    "ring_gib": (None,),
     "data_ranks": (None,),
 }
 """Fields of which only these values are built so far; a row goes when its feature comes."""
 
 
-_POOLED_ONLY = {"weight_layout", "weight_replicas", "remote_mode", "param_ranks"}
+_POOLED_ONLY = {"weight_layout", "weight_replicas", "remote_mode", "ring_gib", "param_ranks"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +183,9 @@ class EngineConfig:
                     f"{name}={value!r} is not available in this version "
                     f"(only {only} {'is' if len(available) == 1 else 'are'})"
                 )
-        if self.weights != "pooled":
+        if self.weights == "pooled":
+            self._check_pooled()
+        else:
             self._check_not_pooled()
         if self.device == "cpu":
             self._check_cpu()
@@ -238,6 +238,13 @@ class EngineConfig:
                     f"{f.name}={value!r} has no meaning with weights={self.weights!r}; leave it "
                     "out, or give weights='pooled'"
                 )
+
+    def _check_pooled(self) -> None:
+        if self.ring_gib is not None and self.remote_mode == "ship":
+            raise ValueError(
+                f"ring_gib={self.ring_gib} has no meaning with remote_mode='ship', which streams "
+                "nothing; leave it out, or give remote_mode='auto' or 'stream'"
+            )
 
     def _check_cpu(self) -> None:
         if self.gpu_memory_utilization is not None:

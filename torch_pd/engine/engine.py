@@ -24,6 +24,7 @@ from torch_pd.engine.runner import NONE, Runner
 from torch_pd.engine.sampler import Sampler, SamplingRow, bad_logits
 from torch_pd.engine.scheduler import Plan, Scheduler
 from torch_pd.engine.sequence import Sequence, Status
+from torch_pd.engine.streaming import Streaming
 from torch_pd.engine.tickets import Ticket
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.nn.patch import device_of, is_patched, kv_shape, new_pool, patch_model, unpatch_model
@@ -82,6 +83,7 @@ class Engine:
             max_model_len is everyone's.
         lockstep: by what ranks with shared weights agree on each step; their engines must step
             alike, with requests or without, until `group_idle`.
+        streaming: where steps may be streamed; those that are need no other rank.
 
     Raises:
         ValueError: memory does not suffice or a setting contradicts the model.
@@ -94,10 +96,12 @@ class Engine:
         config: EngineConfig,
         world: World | None = None,
         lockstep: Lockstep | None = None,
+        streaming: Streaming | None = None,
     ):
         self.config = config
         self.world = world
         self.lockstep = lockstep
+        self.streaming = streaming
         self.group_idle = True
         """In lockstep: no rank had a request when they last voted."""
         self.tokenizer = tokenizer
@@ -167,8 +171,13 @@ class Engine:
         self._under_way: UnderWay | None = None
         if config.enforce_eager:
             self.runner.no_graphs = "enforce_eager=True"
+        elif self.streaming is not None and self.lockstep is None:
+            self.runner.no_graphs = "streamed steps are launched eagerly"
         elif device.type == "cuda":
             self.runner.capture()
+            if self.streaming is not None and self.runner.graphs is not None:
+                assert self.streaming.choice is not None
+                self.streaming.choice.graph_rows = self.runner.graphs.sizes[-1]
         self._requests: dict[str, InFlight] = {}
         self._num_requests = 0
         self._num_prompt_logprobs = 0
@@ -324,9 +333,16 @@ class Engine:
             )
             self.group_idle = common is None
             assert common is not None or not plan.seqs
-        if plan.seqs or common is not None:
+        streamed = False
+        if self.streaming is not None and (common is not None or self.lockstep is None):
+            streamed = self.streaming.streams(common)
+            if self.streaming.choice is not None:
+                self.streaming.choice.count(plan.num_tokens)
+        if plan.seqs or (common is not None and not streamed):
             self._counts["steps"] += 1
-            ticket = self.runner.launch(plan, extra=extra, common=common)
+            ticket = self.runner.launch(
+                plan, extra=extra, common=None if streamed else common, streamed=streamed
+            )
             launched = UnderWay(plan, ticket, wanted)
         before, self._under_way = self._under_way, launched
         if before is not None:
@@ -337,6 +353,8 @@ class Engine:
             self._settle(launched, grown)
         if not plan.seqs and self._under_way is None:
             self.runner.tickets.rest()
+            if self.streaming is not None and self.streaming.choice is not None:
+                self.streaming.choice.rest()
         return list(grown.values())
 
     def _settle(self, step: UnderWay, grown: dict[str, InFlight]) -> None:
@@ -462,10 +480,12 @@ class Engine:
         ``synchronous_steps`` were waited for because a row needed the host (penalties, logprobs,
         prompt_logprobs); ``wasted_rows`` were computed for sequences that had ended;
         ``graph_steps`` replayed a CUDA graph; ``device_idle_share`` is the share of time that the
-        device waited between two steps.
+        device waited between two steps. Where weights may be streamed or shipped: steps, tokens and
+        seconds of either.
         """
         allocator, scheduler, tickets = self.allocator, self.scheduler, self.runner.tickets
         between = tickets.busy + tickets.idle
+        choice = None if self.streaming is None else self.streaming.choice
         return {
             **self._counts,
             "graph_steps": self.runner.num_replays,
@@ -478,6 +498,7 @@ class Engine:
             "kv_tokens": allocator.num_usable * self.config.block_size,
             "prefix_pages_looked_up": allocator.num_lookups,
             "prefix_pages_hit": allocator.num_hits,
+            **(choice.report() if choice is not None else {}),
         }
 
     def memory_line(self) -> str:
@@ -503,6 +524,8 @@ class Engine:
             unpatch_model(self.model)
         if self.lockstep is not None:
             self.lockstep.leave()
+        if self.streaming is not None:
+            self.streaming.close()
         del self.runner, self.pool, self.model
 
 

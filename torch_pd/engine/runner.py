@@ -146,7 +146,12 @@ class Runner:
     # Steps.
 
     def launch(
-        self, plan: Plan, *, extra: np.ndarray = NONE, common: CommonStep | None = None
+        self,
+        plan: Plan,
+        *,
+        extra: np.ndarray = NONE,
+        common: CommonStep | None = None,
+        streamed: bool = False,
     ) -> Ticket:
         """Starts a step and draws its tokens; does not wait for a GPU.
 
@@ -156,6 +161,7 @@ class Runner:
             common: what all ranks bring, where they run every step together. A rank that has
                 nothing computes a row of padding; where all decode, and there are graphs, all pad
                 to one size.
+            streamed: the weights come through the ring; the step is launched eagerly.
 
         Returns:
             A ticket for `wait`. Where rows of the plan need the host (`choices.HOST`) or ``extra``
@@ -168,7 +174,13 @@ class Runner:
         if common is not None:
             size, largest = (size if plan.seqs else 1), max(1, *common.tokens)
             captured = common.decoding
-        graph = self.graphs.size_for(largest) if self.graphs is not None and captured else None
+        graph = None
+        if self.graphs is not None and captured and not streamed:
+            graph = self.graphs.size_for(largest)
+        if streamed:
+            self._state.running.mode = "stream"
+        elif common is not None:
+            self._state.running.mode = "ship"
         if common is not None:
             tokens, selected = common.padded(graph)
             self._share(tokens, selected)

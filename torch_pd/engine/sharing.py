@@ -9,9 +9,12 @@ from torch_pd.board import Board
 from torch_pd.config import EngineConfig
 from torch_pd.dist import START_TIMEOUT_S, World
 from torch_pd.engine.lockstep import Lockstep
+from torch_pd.engine.streaming import Streaming, resolve_mode, start_streaming
 from torch_pd.nn.pooled import pool_model
 from torch_pd.nn.pooled_model import load_pooled
+from torch_pd.planner import shape_of
 from torch_pd.weights.layout import group_of
+from torch_pd.weights.peer import PeerMemory
 from torch_pd.weights.ship import Exchange
 from torch_pd.weights.source import Resident
 
@@ -21,11 +24,12 @@ if TYPE_CHECKING:
 
 def load_shared(
     model: Any, config: EngineConfig, world: World
-) -> "tuple[PreTrainedModel, Lockstep | None]":
+) -> "tuple[PreTrainedModel, Lockstep | None, Streaming | None]":
     """Loads this rank's part of a model. Collective.
 
     Returns:
-        The model, and what its ranks agree on their steps by: None if this rank holds all of it
+        The model, what its ranks agree on their steps by, and what this rank streams by. Without
+        the former the ranks step on their own; both are None if this rank holds all of the model
         (as many replicas as ranks).
 
     Raises:
@@ -36,11 +40,29 @@ def load_shared(
             f"weights='pooled' reads each rank's part from the files: give a model folder, not a "
             f"{type(model).__name__}"
         )
-    loaded, weights = load_pooled(model, config, world.rank, world.size, world.device)
+    ranks = group_of(world.size, world.rank, config.weight_replicas)
+    mode = "ship" if len(ranks) == 1 else resolve_mode(config, world, ranks)
+    memory = None if mode == "ship" else PeerMemory(world.device)
+    loaded, weights = load_pooled(
+        model,
+        config,
+        world.rank,
+        world.size,
+        world.device,
+        None if memory is None else memory.allocate,
+    )
     if weights.size == 1:
-        return pool_model(loaded, weights, source=Resident([weights])), None
+        return pool_model(loaded, weights, source=Resident([weights])), None, None
+    shape = shape_of(loaded, weights.dtype.itemsize)
     group, board = _meet(world, config.weight_replicas)
-    return pool_model(loaded, weights, Exchange(group)), Lockstep(board, world.board)
+    streaming = None
+    if memory is not None:
+        key = f"{board.name}-{ranks[0]}"
+        streaming = start_streaming(memory, weights, shape, config, world, key, mode)
+    lockstep = None if mode == "stream" else Lockstep(board, world.board)
+    exchange = None if mode == "stream" else Exchange(group)
+    source = None if streaming is None else streaming.ring
+    return pool_model(loaded, weights, exchange, source), lockstep, streaming
 
 
 def _meet(world: World, replicas: int) -> tuple[dist.ProcessGroup, Board]:

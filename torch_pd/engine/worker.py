@@ -51,8 +51,8 @@ def make_engine(
     """Loads a model and builds the engine on it; collective where there is a world."""
     if config.weights == "pooled":
         assert world is not None
-        shared, lockstep = load_shared(model, config, world)
-        return Engine(shared, tokenizer, config, world, lockstep)
+        shared, lockstep, streaming = load_shared(model, config, world)
+        return Engine(shared, tokenizer, config, world, lockstep, streaming)
     loaded = load_model(
         model,
         dtype=config.dtype,

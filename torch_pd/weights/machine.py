@@ -40,7 +40,7 @@ CPU = Machine(
 def machine_of(
     ring: Ring,
     all_gather: Callable[[Any], Sequence[Any]],
-    folder: Path = CACHE,
+    folder: Path | None = None,
 ) -> Machine:
     """The constants of the GPUs (or the CPU) of a group. Collective.
 
@@ -48,21 +48,24 @@ def machine_of(
         ring: of this rank, unused so far; it is run through once if nothing is known yet.
         all_gather: a value of each rank to every rank.
         folder: where what was measured is kept, a file for each kind of GPU, number of ranks and
-            size of matrices.
+            size of matrices. Default: `CACHE`; of the CPU nothing is kept.
     """
     gpu = ring.device.type == "cuda"
     name = torch.cuda.get_device_name(ring.device) if gpu else "CPU"
     base = Machine() if gpu else CPU
     ranks = all_gather(name)
     key = f"{name}-{len(ranks)}-{ring.nbytes}-{ring.pulled_bytes}".replace(" ", "_")
-    path = folder.expanduser() / f"{key}.json"
-    values = all_gather(_read(path))[0]
+    if folder is None and gpu:
+        folder = CACHE.expanduser()
+    path = None if folder is None else folder / f"{key}.json"
+    values = all_gather(None if path is None else _read(path))[0]
     if values is None:
         mine = {"link_bandwidth": _link(ring, all_gather), **_gemms(ring.device)}
         every = all_gather(mine)
         # The slowest counts: a step ends with its last rank.
         values = {constant: min(found[constant] for found in every) for constant in mine}
-        if all_gather(os.getpid())[0] == os.getpid():
+        first = all_gather(os.getpid())[0] == os.getpid()
+        if first and path is not None:
             _write(path, values)
     return Machine.from_dict({**vars(base), **values, "name": name})
 

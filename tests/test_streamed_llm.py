@@ -1,0 +1,78 @@
+"""LLM and engines whose ranks stream shared weights, alone or in turns with shipping."""
+
+import pytest
+from ranks import run_ranks
+from test_pooled_llm import SETTINGS, folder, want, work  # noqa: F401
+
+from torch_pd import LLM, EngineConfig
+from torch_pd.dist import join_torchrun
+from torch_pd.engine.inflight import Request
+from torch_pd.engine.work import Call, run
+from torch_pd.engine.worker import make_engine
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (2, {"remote_mode": "stream", "ring_gib": 0.0003}),
+        (4, {"remote_mode": "auto", "weight_replicas": 2}),
+        (3, {"remote_mode": "auto", "weight_layout": "layer"}),
+        (3, {"remote_mode": "stream", "param_ranks": [2, 0]}),
+    ],
+)
+def test_tokens_are_those_of_one_engine(folder, work, want, ranks, settings):  # noqa: F811
+    shared = {"data_parallel_size": ranks, "weights": "pooled"}
+    with LLM(folder, **shared, **settings, **SETTINGS) as llm:
+        prompts, params = work
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == want
+        stats = llm.stats()
+        if settings["remote_mode"] == "auto":
+            assert stats["stream_steps"] + stats["ship_steps"] > 0
+            total = sum(len(p) for p in prompts) + sum(len(tokens) - 1 for tokens in want)
+            assert stats["stream_tokens"] + stats["ship_tokens"] == total
+
+
+def in_turns(rank: int, path, prompts, params, want) -> None:  # noqa: F811
+    """Two steps are shipped, three streamed, and so on; steps are in flight meanwhile."""
+    world = join_torchrun("cpu")
+    config = EngineConfig(weights="pooled", **SETTINGS)
+    engine = make_engine(path, None, config, "cpu", world)
+    choice = engine.streaming.choice
+    decided = 0
+
+    def decide(tokens, selected, decoding):
+        nonlocal decided
+        decided += 1
+        choice.way = "ship" if decided % 5 < 2 else "stream"
+        return choice.way
+
+    choice.decide = decide
+    requests = [Request(str(i), None, ids, params[i]) for i, ids in enumerate(prompts)]
+    call = Call(1, requests, 0, False)
+    world.board.open(call.number, len(requests), 0)
+    for outputs in run(engine, world.board, call):
+        for output in outputs:
+            assert output.outputs[0].token_ids == want[int(output.request_id)]
+    stats = engine.stats()
+    assert stats["ship_steps"] > 3
+    assert stats["stream_steps"] > 3
+    engine.shutdown()
+    world.all_gather(None)
+    world.leave()
+
+
+def test_streaming_and_shipping_in_turns(folder, work, want):  # noqa: F811
+    run_ranks(3, in_turns, folder, *work, want)
+
+
+def test_too_small_a_ring(folder):  # noqa: F811
+    with pytest.raises(ValueError, match=r"ring_gib=.* is too small for the largest matrix of 196"):
+        LLM(folder, data_parallel_size=2, weights="pooled", ring_gib=0.0001, **SETTINGS)
+
+
+def test_a_ring_needs_streaming():
+    with pytest.raises(ValueError, match=r"ring_gib=1\.0 has no meaning with remote_mode='ship'"):
+        EngineConfig(weights="pooled", remote_mode="ship", ring_gib=1)
+    with pytest.raises(ValueError, match=r"ring_gib=.*weights='pooled'"):
+        EngineConfig(ring_gib=1)

@@ -1,0 +1,99 @@
+"""Streaming: the ring of a rank that may compute with all its group's weights, and when it does."""
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from torch_pd.config import EngineConfig
+from torch_pd.costs import Costs, ModelShape
+from torch_pd.dist import World
+from torch_pd.engine.lockstep import CommonStep
+from torch_pd.sizing import GIB
+from torch_pd.weights.choice import Choice
+from torch_pd.weights.machine import machine_of
+from torch_pd.weights.peer import PeerMemory, check_links
+from torch_pd.weights.ring import Ring
+
+if TYPE_CHECKING:
+    from torch_pd.weights.pool import WeightPool
+
+logger = logging.getLogger(__name__)
+
+
+class Streaming:
+    """A rank's ring, and the choice where its group may ship as well.
+
+    Args:
+        ring: of this rank.
+        choice: None: every step is streamed, and the ranks need not agree on anything.
+    """
+
+    def __init__(self, ring: Ring, choice: Choice | None):
+        self.ring = ring
+        self.choice = choice
+
+    def streams(self, common: CommonStep | None) -> bool:
+        """Whether the next step is streamed; every rank of the group finds the same."""
+        if self.choice is None:
+            return True
+        assert common is not None
+        return self.choice.decide(common.tokens, common.selected, common.decoding) == "stream"
+
+    def close(self) -> None:
+        """Lets go of the ring and of the other ranks' weights."""
+        self.ring.close()
+
+
+def resolve_mode(config: EngineConfig, world: World, ranks: tuple[int, ...]) -> str:
+    """remote_mode, or "ship" where "auto" cannot stream. Collective.
+
+    Args:
+        ranks: of this rank's group.
+
+    Raises:
+        ValueError: "stream" is forced and a rank cannot read another's GPU.
+    """
+    if config.remote_mode == "ship":
+        return "ship"
+    if config.remote_mode == "stream":
+        check_links(world.unlinked, ranks, world.rank)
+        return "stream"
+    if any(world.all_gather([other for other in world.unlinked if other in ranks])):
+        logger.warning(
+            "remote_mode='auto' only ships: not all GPUs can read each other directly (see "
+            "torch-pd info)"
+        )
+        return "ship"
+    return "auto"
+
+
+def start_streaming(
+    memory: PeerMemory,
+    weights: "WeightPool",
+    shape: ModelShape,
+    config: EngineConfig,
+    world: World,
+    key: str,
+    mode: str,
+) -> Streaming:
+    """Connects the filled pools of a group and fills the ring. Collective.
+
+    Args:
+        memory: holds the pool's arena.
+        key: of the group, the same on its ranks.
+        mode: "stream" or "auto".
+
+    Raises:
+        ValueError: ring_gib is too small for the largest matrix.
+    """
+    layout = weights.layout
+    arenas = memory.connect(key, weights.index, weights.size)
+    nbytes = None if config.ring_gib is None else int(config.ring_gib * GIB)
+    ring = Ring(layout, weights.index, arenas, weights.dtype, nbytes)
+    if mode == "stream":
+        return Streaming(ring, None)
+    machine = machine_of(ring, world.all_gather)
+    if ring.device.type == "cuda":
+        torch.cuda.empty_cache()  # of what was measured
+    return Streaming(ring, Choice(Costs(shape, machine, weights.size)))
