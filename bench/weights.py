@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch_pd._runtime as _runtime
 from pool import SHAPES
 from torch import Tensor
 from torch.nn.functional import linear
 
-from torch_pd import _runtime
 from torch_pd.weights.layout import LINEARS, Layout, ModelDims, make_layout
 from torch_pd.weights.peer import PeerMemory
 from torch_pd.weights.pool import WeightPool

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_pd import _runtime
+import torch_pd._runtime as _runtime
 
 TIMEOUT_S = 600.0
 """How long a rank waits for its peers; loading a large model may take long on one of them."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_pd import _runtime
+import torch_pd._runtime as _runtime
 from torch_pd.sizing import GIB
 from torch_pd.weights.layout import ALIGNMENT, LINEARS, Layout, ModelDims
 
