@@ -82,8 +82,6 @@ def test_wrong_type(field: str, value: object) -> None:
         ("host_kv_gib", 1, "(only 0.0 is)"),
         ("disk_kv_gib", 1.5, "(only 0.0 is)"),
         ("disk_kv_path", "/tmp", "(only None is)"),
-        ("remote_mode", "stream", "(only 'auto' and 'ship' are)"),
-        ("ring_gib", 1, "(only None is)"),
         ("data_ranks", (0, 1), "(only None is)"),
     ],
 )

@@ -147,8 +147,9 @@ class Ring:
         dtype: of the weights.
         nbytes: of the ring; default `default_ring_bytes`.
         streams: side streams that share the copies of an item (GPU).
-        rotated: start at the next rank's piece, so that no owner is read by all at once; False is
-            for measurements.
+        rotated: start at the next rank's piece, so that no owner is read by all at once.
+        overlap: hint to the driver that copies should leave the SMs alone. (This and the one before
+            are False for measurements only.)
         poison, delays: for tests, see csrc/runtime/puller.cpp.
 
     Raises:
@@ -165,6 +166,7 @@ class Ring:
         *,
         streams: int = 2,
         rotated: bool = True,
+        overlap: bool = True,
         poison: bool = False,
         delays: Sequence[int] = (),
     ):
@@ -205,6 +207,7 @@ class Ring:
             places,
             list(self.plan.gates),
             streams,
+            overlap,
             poison,
             list(delays),
         )
