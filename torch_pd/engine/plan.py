@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from torch_pd.engine.sequence import Sequence
+from torch_pd.kv.moves import NO_WAITS, DiskJob, Moves, Waits
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +34,16 @@ class Plan:
     """A sequence of it ended or was preempted since."""
     copies: list[tuple[int, int]] = field(default_factory=list)
     """(from, to) pages to copy whole before the step, in any order."""
+    moves: list[Moves] = field(default_factory=list)
+    """Between the GPU and the host pool, to be started in this order before the copies."""
+    waits: Waits = NO_WAITS
+    """Moves that the step's forward pass waits for."""
+    jobs: list[DiskJob] = field(default_factory=list)
+    """To be started."""
+    num_staged: int = 0
+    """The last ``num_staged`` sequences compute several tokens each over pages on the host."""
+    in_place: bool = False
+    """A block table names pages on the host."""
     preempted: list[Sequence] = field(default_factory=list)
     failed: list[Sequence] = field(default_factory=list)
     """Ended here, with the reason in ``error``; they are in no other list."""

@@ -31,9 +31,12 @@ import numpy as np
 from torch_pd.engine.plan import Plan
 from torch_pd.engine.running import Running
 from torch_pd.engine.sequence import Sequence, Status
+from torch_pd.engine.swapper import SwapCosts, Swapper
 from torch_pd.engine.tables import Tables
 from torch_pd.engine.waiting import Waiting
+from torch_pd.kv.moves import HOST_BITS
 from torch_pd.kv.pages import PageAllocator
+from torch_pd.kv.tiers import Tiers
 
 
 class Scheduler:
@@ -52,6 +55,8 @@ class Scheduler:
         max_num_seqs: sequences running at once.
         max_num_batched_tokens: tokens of one step; may be under max_num_seqs.
         max_model_len: longest sequence in tokens, output included.
+        tiers: the tiers under the pool (rule 7), None if there are none.
+        costs: what decides between swapping and computing again; default: always swap.
     """
 
     def __init__(
@@ -62,6 +67,8 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        tiers: Tiers | None = None,
+        costs: SwapCosts | None = None,
     ) -> None:
         for name, value, least in (
             ("block_size", block_size, 1),
@@ -77,7 +84,18 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.watermark = allocator.num_usable // 100
-        self._most_tokens = allocator.num_usable * block_size
+        self.tiers = tiers
+        self.swapper = None
+        most_pages = allocator.num_usable
+        if tiers is not None:
+            assert tiers.gpu is allocator
+            self.swapper = Swapper(tiers, block_size, costs or SwapCosts())
+            most_pages += tiers.host.num_usable
+        self._most_pages = most_pages
+        self._gpu_tokens = allocator.num_usable * block_size
+        self._most_tokens = most_pages * block_size
+        # What a step may take is copied down ahead of it.
+        self._ahead = min(-(-max_num_batched_tokens // block_size), allocator.num_usable // 8)
 
         self.tables = Tables(max_num_seqs, self._pages_for(max_model_len), block_size)
         self.block_tables = self.tables.block_tables
@@ -86,6 +104,8 @@ class Scheduler:
         self._next_id = 0
         self._running = Running()
         self._waiting = Waiting()
+        self._arriving: list[Sequence] = []  # in the order of their tickets
+        self._copied: list[int] = []  # sources of the plan's copies that nobody holds any more
         self._blocked: tuple[Sequence | None, int] = None, 0  # did not fit into so many free pages
         self._flying: deque[Plan] = deque()  # between schedule and update, at most two
 
@@ -121,11 +141,11 @@ class Scheduler:
                 f"{self.max_model_len} - 1 = {self.max_model_len - 1} before the first output "
                 "token: shorten the prompt or raise max_model_len"
             )
-        pages, usable = self._pages_for(n), self.allocator.num_usable
+        pages, usable = self._pages_for(n), self._most_pages
         if pages > usable:
             raise ValueError(
                 f"the prompt's {n} tokens need {n} / {self.block_size} = {pages} KV pages, but the "
-                f"whole pool has {usable} ({usable * self.block_size} tokens): shorten the prompt "
+                f"whole pool has {usable} ({self._most_tokens} tokens): shorten the prompt "
                 "or give the KV cache more memory"
             )
         limit = self.max_model_len if seq.max_total_len is None else seq.max_total_len
@@ -164,7 +184,8 @@ class Scheduler:
             child.num_cached = parent.num_cached
             self._register(child, arrival=parent.order[0])
             if runs and self.tables.free_rows:
-                self.allocator.fork(shared)
+                (self.tiers or self.allocator).fork(shared)
+                child.num_left = min(parent.num_left, len(shared))
                 self._run(child, list(shared), computed)
                 self.tables.forked[child.row] = self.tables.forked[parent.row] = True
             else:
@@ -190,6 +211,27 @@ class Scheduler:
         Pages are taken, block tables written and tokens counted here; update() tells their values.
         """
         assert len(self._flying) < 2, "update() the oldest plan first"
+        self._note_arrivals()
+        plan = self._plan()
+        if not plan.seqs and self._arriving and not self._flying:
+            # Nothing else to do: the forward pass itself waits for the first ones.
+            self._note_arrivals(self._arriving[0].arrival)
+            again = self._plan()
+            again.preempted[:0], again.failed[:0] = plan.preempted, plan.failed
+            plan = again
+        if plan.seqs:
+            if self.tiers is not None:
+                self._note_places(plan)
+            self._launch(plan)
+        if self._copied:
+            self.allocator.free(self._copied)
+            self._copied = []
+        if self.tiers is not None:
+            self._hand_over(self.tiers, plan)
+        return plan
+
+    def _plan(self) -> Plan:
+        """Which sequences run on which pages."""
         plan = self._plan_running()
         while plan.preempted and not plan.seqs and self._running.seqs:
             # The only ones whose turn it was gave way, so it is the others' turn at once.
@@ -201,8 +243,6 @@ class Scheduler:
                 break
         if not plan.preempted:
             self._admit(plan)
-        if plan.seqs:
-            self._launch(plan)
         return plan
 
     def _launch(self, plan: Plan) -> None:
@@ -282,7 +322,7 @@ class Scheduler:
                 seq, first, last = seqs[i], int(before[i]), int(after[i])
                 digests = seq.page_digests(first, last, self.block_size)
                 for page, digest in zip(seq.pages[first:last], digests, strict=True):
-                    self.allocator.publish(page, digest)
+                    (self.tiers or self.allocator).publish(page, digest)
         if not samples.all():
             seqs, rows = list(compress(seqs, samples.tolist())), rows[samples]
         for seq, token in zip(seqs, tokens.tolist(), strict=True):
@@ -302,6 +342,9 @@ class Scheduler:
         # One at a limit ends as soon as its last token is known.
         over = (tokens >= tables.limit[rows]) | (tokens > self._most_tokens)
         wanted = np.where(over, 0, tokens - starts)
+        if self.swapper is not None and bool((tokens > self._gpu_tokens).any()):
+            for i in np.flatnonzero(tokens > self._gpu_tokens).tolist():
+                wanted[i] = min(wanted[i], self.swapper.most_tokens(int(starts[i])))
         counts = self._running.share(wanted, self.max_num_batched_tokens)
         ends = starts + counts
         copies: list[tuple[int, int]] = []
@@ -330,7 +373,16 @@ class Scheduler:
     def _preempt(self) -> Sequence:
         """Chooses the sequence that gives way, takes its pages and queues it again."""
         victim = self._running.seqs[-1]
-        self._release(victim)
+        if self._arriving:
+            newest = max(self._arriving, key=lambda seq: seq.order)
+            victim = max(victim, newest, key=lambda seq: seq.order)
+        computed = int(self.tables.num_computed[victim.row])
+        pages = self._take_row(victim)
+        if self.swapper is None:
+            self.allocator.free(pages)
+        elif not self.swapper.swap_out(victim, pages, computed):
+            self.swapper.tiers.free(pages)
+        victim.num_left = 0
         victim.num_preemptions += 1
         self._waiting.push(victim)
         return victim
@@ -345,19 +397,62 @@ class Scheduler:
         copy = False
         if self.tables.forked[seq.row] and first < held:
             page = seq.pages[first]
-            copy = self.allocator.refcount(page) > 1
+            copy = (
+                page >= HOST_BITS
+                or self.allocator.refcount(page) > 1
+                or self._is_others(seq, first)
+            )
         if missing + copy > self.allocator.num_free:
-            return False
+            if self.swapper is not None and self.swapper.is_large(end):
+                self._leave(self.swapper, seq, missing + copy, first)
+            if missing + copy > self.allocator.num_free:
+                return False
         self.tables.forked[seq.row] = False
         if copy:
             # It keeps a holder, so no copy of this plan overwrites it: the holders are a parent and
             # its children, neighbours in the order, and later takers preempt only newer ones.
-            (new,) = self.allocator.allocate(1)
-            copies.append((page, new))
-            self.allocator.free([page])
+            # Where it keeps none, it is freed after the plan.
+            (new,) = self._allocate(1)
+            if page >= HOST_BITS:  # a parent larger than the GPU pool left it there
+                assert self.tiers is not None
+                self.tiers.bring(page, new)
+                seq.num_left = first
+            else:
+                copies.append((page, new))
+                if self.allocator.refcount(page) > 1:
+                    self.allocator.free([page])
+                else:
+                    self._copied.append(page)
             self.tables.replace(seq, first, new)
-        self.tables.extend(seq, self.allocator.allocate(missing))
+        self.tables.extend(seq, self._allocate(missing))
         return True
+
+    def _is_others(self, seq: Sequence, index: int) -> bool:
+        """Whether a page of the sequence is published with tokens that are not its own: its parent
+        wrote on in it, under way when the sequence was forked, and has ended since."""
+        digest = self.allocator.digest_of(seq.pages[index])
+        own = seq.digests[index] if index < len(seq.digests) else None
+        return digest is not None and digest != own
+
+    def _allocate(self, n: int) -> list[int]:
+        """Pages that the step writes to."""
+        pages = self.allocator.allocate(n)
+        if self.tiers is not None:
+            self.tiers.queue.compute_on(pages)
+        return pages
+
+    def _leave(self, swapper: Swapper, seq: Sequence, wanted: int, first: int) -> None:
+        """Rule 7: makes room in the GPU pool with older pages of a sequence that is larger."""
+        for _ in range(len(self._seqs)):
+            for index, entry in swapper.leave(seq, wanted, first):
+                self.tables.replace(seq, index, entry)
+            if self.allocator.num_free >= wanted or seq.num_left == first:
+                break
+            # The host pool is full: the newest one swapped out is computed again.
+            saved = [other for other in self._waiting.check() if other.saved]
+            if not saved:
+                break
+            swapper.drop(max(saved, key=lambda other: other.order))
 
     def _admit(self, plan: Plan) -> None:
         """Rule 3: adds waiting sequences to the plan."""
@@ -369,17 +464,26 @@ class Scheduler:
             seq = self._waiting.first()
             if seq is None:
                 break
-            room = self._first_pages(seq)
+            room = self._back(seq) if seq.saved else self._first_pages(seq)
             if room is None:
                 break
             pages, start = room
             self._waiting.pop()
             if seq.num_preemptions == 0:
                 seq.num_cached = start
+            if self.tiers is not None:
+                seq.arrival = self.tiers.queue.arrival(pages[seq.num_left :])
+                if seq.arrival:
+                    self.tables.take(seq, pages, start)
+                    seq.status = Status.ARRIVING
+                    self._arriving.append(seq)
+                    continue
             self._run(seq, pages, start)
             seqs.append(seq)
             starts.append(start)
-            counts.append(min(budget, len(seq.token_ids) - start))
+            counts.append(
+                min(budget, len(seq.token_ids) - start, len(pages) * self.block_size - start)
+            )
             budget -= counts[-1]
         if seqs:
             plan.extend(seqs, starts, counts)
@@ -398,15 +502,93 @@ class Scheduler:
         if self.allocator.enable_prefix_caching and not seq.no_prefix_lookup:
             # Never the whole sequence: the last token must be computed for its logits.
             digests = seq.page_digests(0, (tokens - 1) // self.block_size, self.block_size)
-        found = self.allocator.peek(digests)
+        total = self._pages_for(tokens)
+        if self.swapper is not None and self.swapper.is_large(tokens):
+            # The rest is taken chunk by chunk.
+            digests = digests[: self.allocator.num_usable - self.swapper.window]
+            total = -1
+        if self.tiers is None:
+            found, hits = self.allocator.peek(digests), 0
+        else:
+            if not seq.fetched:
+                seq.fetched = True
+                self.tiers.fetch(digests)
+            if self.tiers.is_fetching(digests):
+                return None
+            found, on_host = self.tiers.find(digests)
+            hits = len(on_host)
+        hits += len(found)
+        if total < 0:
+            assert self.swapper is not None
+            total = hits + self.swapper.window
         revived = sum(self.allocator.refcount(page) == 0 for page in found)
-        missing = self._pages_for(tokens) - len(found)
+        missing = total - len(found)
         if missing + revived + (self.watermark if crowded else 0) > free:
             assert crowded, "a sequence that fits the pool alone must be admitted when it is empty"
             self._blocked = (seq, free)
             return None
-        pages = self.allocator.lookup(digests) + self.allocator.allocate(missing)
-        return pages, len(found) * self.block_size
+        if self.tiers is not None:
+            pages, _ = self.tiers.take(digests, total)
+        else:
+            pages = self.allocator.lookup(digests) + self.allocator.allocate(missing)
+        return pages, hits * self.block_size
+
+    def _back(self, seq: Sequence) -> tuple[list[int], int] | None:
+        """Rule 7: pages of a sequence that was swapped out, and how many tokens are in them; None
+        if too few are free.
+
+        Each running sequence keeps room for a page more, lest the next step swap this one out.
+        """
+        assert self.swapper is not None
+        free, crowded, start = self.allocator.num_free, self.num_running > 0, seq.num_saved
+        if crowded and self._blocked[0] is seq and free <= self._blocked[1]:
+            return None
+        pages = self.swapper.swap_in(seq, self.watermark + self.num_running if crowded else 0)
+        if pages is None:
+            assert crowded, "a sequence that fits the pool alone must be admitted when it is empty"
+            self._blocked = (seq, free)
+            return None
+        return pages, start
+
+    # Tiers (rule 7).
+
+    def _note_arrivals(self, ticket: int = 0) -> None:
+        """Lets the sequences run whose pages have come in, or will have with a ticket that the
+        step's forward pass waits for."""
+        if not self._arriving:
+            return
+        assert self.tiers is not None
+        queue, still = self.tiers.queue, []
+        for seq in self._arriving:
+            if seq.arrival <= queue.done[False]:
+                self._running.add(seq)
+            elif seq.arrival <= ticket:
+                queue.compute_on(seq.pages[seq.num_left :])
+                self._running.add(seq)
+            else:
+                still.append(seq)
+        self._arriving = still
+
+    def _note_places(self, plan: Plan) -> None:
+        """What the plan's forward pass reads on the host; those that compute several tokens over
+        such pages go to the end."""
+        left = np.fromiter((seq.num_left > 0 for seq in plan.seqs), bool, len(plan.seqs))
+        plan.in_place = bool(left.any())
+        staged = left & (plan.counts > 1)
+        plan.num_staged = int(staged.sum())
+        if plan.num_staged:
+            order = np.argsort(staged, kind="stable")
+            plan.seqs = [plan.seqs[i] for i in order.tolist()]
+            plan.rows, plan.starts = plan.rows[order], plan.starts[order]
+            plan.counts = plan.counts[order]
+
+    def _hand_over(self, tiers: Tiers, plan: Plan) -> None:
+        """Puts the step's moves and jobs into the plan."""
+        tiers.clean(self._ahead)
+        tiers.write_ahead(tiers.host.num_usable // 2)  # the disk is slow: well ahead
+        plan.moves, plan.waits = tiers.queue.take()
+        tiers.end_step()
+        plan.jobs, tiers.jobs = tiers.jobs, []
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -420,15 +602,18 @@ class Scheduler:
         self.tables.take(seq, pages, computed)
         self._running.add(seq)
 
-    def _release(self, seq: Sequence) -> None:
-        """Takes the row and the pages of a sequence that ends or gives way."""
+    def _take_row(self, seq: Sequence) -> list[int]:
+        """Takes the row and the pages of a sequence that ends or gives way; returns the pages."""
         for plan in self._flying:
             plan.stale = True  # perhaps it holds the sequence: looking would cost more
-        self._running.remove(seq)
-        self.allocator.free(self.tables.give_back(seq))
+        if seq.status is Status.ARRIVING:
+            self._arriving.remove(seq)
+        else:
+            self._running.remove(seq)
+        return self.tables.give_back(seq)
 
     def _fail(self, seq: Sequence) -> Sequence:
-        tokens, usable = len(seq.token_ids), self.allocator.num_usable
+        tokens, usable = len(seq.token_ids), self._most_pages
         seq.error = (
             f"the sequence's {tokens} tokens need {tokens} / {self.block_size} = "
             f"{self._pages_for(tokens)} KV pages, but the whole pool has {usable}: "
@@ -440,19 +625,29 @@ class Scheduler:
     def _end(self, seq: Sequence, status: Status) -> None:
         assert self._seqs.get(seq.seq_id) is seq, f"sequence {seq.seq_id} has ended already"
         del self._seqs[seq.seq_id]
-        waited, seq.status = seq.status is Status.WAITING, status
-        if waited:
+        if seq.status is Status.WAITING:
+            seq.status = status
             self._waiting.note_ended()
+            if seq.saved:
+                assert self.swapper is not None
+                self.swapper.drop(seq)
         else:
-            self._release(seq)
+            pages = self._take_row(seq)
+            seq.status = status
+            (self.tiers or self.allocator).free(pages)
 
     def check(self) -> None:
         """Raises AssertionError if a page or row is lost or used twice, or a table is wrong."""
         running = self._running.check()
-        self.allocator.check([seq.pages for seq in running])
+        running = running + self._arriving
+        waiting = self._waiting.check()
+        if self.tiers is None:
+            self.allocator.check([seq.pages for seq in running])
+        else:
+            self.tiers.check([seq.saved for seq in waiting], [seq.pages for seq in running])
         under_way = Counter(
             seq for plan in self._flying for seq in compress(plan.seqs, plan.samples.tolist())
         )
         self.tables.check(running, under_way)
-        ids = sorted(seq.seq_id for seq in running + self._waiting.check())
+        ids = sorted(seq.seq_id for seq in running + waiting)
         assert ids == sorted(self._seqs), f"{ids} run or wait, {sorted(self._seqs)} are known"

@@ -13,6 +13,7 @@ class Status(Enum):
     NEW = "new"
     WAITING = "waiting"
     RUNNING = "running"
+    ARRIVING = "arriving"  # holds a row and pages, which are being moved in
     FINISHED = "finished"
     FAILED = "failed"
 
@@ -31,18 +32,23 @@ class Sequence:
     """
 
     __slots__ = (
+        "arrival",
         "data",
         "digests",
         "error",
+        "fetched",
         "max_total_len",
         "no_prefix_lookup",
         "num_cached",
+        "num_left",
         "num_preemptions",
         "num_prompt",
+        "num_saved",
         "order",
         "pages",
         "request_id",
         "row",
+        "saved",
         "seq_id",
         "status",
         "token_ids",
@@ -71,6 +77,11 @@ class Sequence:
         self.digests: list[bytes] = []  # of its full pages, as far as they were needed
         self.num_cached = 0  # prompt tokens found in the prefix cache
         self.num_preemptions = 0
+        self.saved: list[int] = []  # host pages of its first num_saved tokens, while it waits
+        self.num_saved = 0
+        self.num_left = 0  # entries of pages, from the first, that lie on the host
+        self.arrival = 0  # ticket with which its pages have come in
+        self.fetched = False  # whether the disk was asked for its prefix
         self.error: str | None = None  # why it failed
 
     def __repr__(self) -> str:

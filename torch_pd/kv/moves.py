@@ -42,6 +42,9 @@ class Waits(NamedTuple):
     moved_out: int = 0
 
 
+NO_WAITS = Waits()
+
+
 class MoveQueue:
     """Collects the moves of a step into batches and knows the last move of every page.
 

@@ -196,11 +196,22 @@ class Tiers:
         self.gpu.free([page])
         return HOST_BITS | host_page
 
+    def bring(self, entry: int, page: int) -> None:
+        """Moves a page that was left on the host into a GPU page of the caller, and gives it up."""
+        self.queue.move_in(entry - HOST_BITS, page)
+        self.free([entry])
+
     def read_in_place(self, entries: Sequence[int]) -> None:
         """The step's forward pass reads those of the entries that lie on the host."""
         for entry in entries:
             if entry >= HOST_BITS:
                 self.queue.read_in_place(entry - HOST_BITS)
+
+    def publish(self, entry: int, digest: bytes) -> bool:
+        """See `PageAllocator.publish`."""
+        if entry < HOST_BITS:
+            return self.gpu.publish(entry, digest)
+        return self.host.publish(entry - HOST_BITS, digest)
 
     def fork(self, entries: Sequence[int]) -> None:
         """One more reference on each page."""
@@ -230,7 +241,8 @@ class Tiers:
         for digest in digests[len(on_gpu) + len(on_host) :]:
             if digest in self._reading or self.host.holds(digest) or self.gpu.holds(digest):
                 continue
-            if digest not in self.disk or not self.host.num_free:
+            # A quarter of the pool stays for what is moved out meanwhile.
+            if digest not in self.disk or 4 * self.host.num_free <= self.host.num_usable:
                 break
             (page,) = self.host.allocate(1)
             self._reading[digest], self._digest_read[page] = page, digest
@@ -244,8 +256,9 @@ class Tiers:
         """Writes what the host pool would evict for its next ``n`` pages to disk."""
         if not self.uses_disk:
             return
+        most = min(DISK_WRITES, max(1, self.host.num_usable // 4))
         for page, digest in self.host.next_evicted(max(0, n - self.host.num_blank)):
-            if len(self._writing) >= DISK_WRITES:
+            if len(self._writing) >= most:
                 break
             if digest in self.disk or digest in self._on_way_down or not self.queue.has_left(page):
                 continue
@@ -306,8 +319,9 @@ class Tiers:
 
     @property
     def disk_busy(self) -> bool:
-        """Whether reads are under way that a sequence may wait for."""
-        return bool(self._reading)
+        """Whether disk jobs are under way: a sequence may wait for what is read, or for a host page
+        that is being written."""
+        return bool(self._reading or self._writing)
 
     def check(self, saved: Sequence[Sequence[int]], entries: Sequence[Sequence[int]]) -> None:
         """Integrity, given the host pages of swapped sequences and the tables of running ones.
