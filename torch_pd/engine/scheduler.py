@@ -105,7 +105,6 @@ class Scheduler:
         self._running = Running()
         self._waiting = Waiting()
         self._arriving: list[Sequence] = []  # in the order of their tickets
-        self._copied: list[int] = []  # sources of the plan's copies that nobody holds any more
         self._blocked: tuple[Sequence | None, int] = None, 0  # did not fit into so many free pages
         self._flying: deque[Plan] = deque()  # between schedule and update, at most two
 
@@ -171,8 +170,12 @@ class Scheduler:
                 f"{parent} cannot be forked: it must have just sampled its first token"
             )
         # All but the last prompt token are taken over: the child needs that one's logits. A parent
-        # that the next plan preempted has nothing to share.
+        # that the next plan preempted has nothing to share; one whose next step is under way writes
+        # behind the prompt, so only the pages before are shared.
         computed = parent.num_prompt - 1
+        ahead = parent.row >= 0 and self.tables.num_computed[parent.row] > parent.num_prompt
+        if ahead:
+            computed -= computed % self.block_size
         shared = parent.pages[: self._pages_for(computed)]
         runs = parent.status is Status.RUNNING
         prompt = parent.token_ids[: parent.num_prompt]
@@ -187,7 +190,8 @@ class Scheduler:
                 (self.tiers or self.allocator).fork(shared)
                 child.num_left = min(parent.num_left, len(shared))
                 self._run(child, list(shared), computed)
-                self.tables.forked[child.row] = self.tables.forked[parent.row] = True
+                if not ahead:
+                    self.tables.forked[child.row] = self.tables.forked[parent.row] = True
             else:
                 self._waiting.push(child)
             children.append(child)
@@ -223,9 +227,6 @@ class Scheduler:
             if self.tiers is not None:
                 self._note_places(plan)
             self._launch(plan)
-        if self._copied:
-            self.allocator.free(self._copied)
-            self._copied = []
         if self.tiers is not None:
             self._hand_over(self.tiers, plan)
         return plan
@@ -397,11 +398,7 @@ class Scheduler:
         copy = False
         if self.tables.forked[seq.row] and first < held:
             page = seq.pages[first]
-            copy = (
-                page >= HOST_BITS
-                or self.allocator.refcount(page) > 1
-                or self._is_others(seq, first)
-            )
+            copy = page >= HOST_BITS or self.allocator.refcount(page) > 1
         if missing + copy > self.allocator.num_free:
             if self.swapper is not None and self.swapper.is_large(end):
                 self._leave(self.swapper, seq, missing + copy, first)
@@ -411,7 +408,6 @@ class Scheduler:
         if copy:
             # It keeps a holder, so no copy of this plan overwrites it: the holders are a parent and
             # its children, neighbours in the order, and later takers preempt only newer ones.
-            # Where it keeps none, it is freed after the plan.
             (new,) = self._allocate(1)
             if page >= HOST_BITS:  # a parent larger than the GPU pool left it there
                 assert self.tiers is not None
@@ -419,20 +415,10 @@ class Scheduler:
                 seq.num_left = first
             else:
                 copies.append((page, new))
-                if self.allocator.refcount(page) > 1:
-                    self.allocator.free([page])
-                else:
-                    self._copied.append(page)
+                self.allocator.free([page])
             self.tables.replace(seq, first, new)
         self.tables.extend(seq, self._allocate(missing))
         return True
-
-    def _is_others(self, seq: Sequence, index: int) -> bool:
-        """Whether a page of the sequence is published with tokens that are not its own: its parent
-        wrote on in it, under way when the sequence was forked, and has ended since."""
-        digest = self.allocator.digest_of(seq.pages[index])
-        own = seq.digests[index] if index < len(seq.digests) else None
-        return digest is not None and digest != own
 
     def _allocate(self, n: int) -> list[int]:
         """Pages that the step writes to."""
