@@ -78,7 +78,7 @@ class FakeModel:
             if seq.seq_id not in before:
                 assert all(other.order > seq.order for other in waiting), "overtook an older one"
             tokens = int(s.tables.num_tokens[seq.row])
-            over = tokens >= seq.max_total_len or tokens > s._most_tokens
+            over = tokens >= seq.max_total_len or tokens > s.most_tokens
             served = seq in plan.seqs or over
             streak = self.left_out[seq.seq_id] = (
                 0 if served else self.left_out.get(seq.seq_id, 0) + 1
@@ -182,7 +182,7 @@ class FakeModel:
         assert seq.token_ids == expected[: len(seq.token_ids)]
         if seq.status is Status.FAILED:
             s = self.scheduler
-            assert len(seq.token_ids) == s._most_tokens + 1
+            assert len(seq.token_ids) == s.most_tokens + 1
             assert f"the whole pool has {s._most_pages}" in seq.error
         elif seq.status is Status.FINISHED:
             assert len(seq.token_ids) == len(expected)

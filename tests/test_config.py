@@ -79,9 +79,6 @@ def test_wrong_type(field: str, value: object) -> None:
     [
         ("quantization", "fp8", "(only None is)"),
         ("kv_cache_dtype", "fp8", "(only 'auto' is)"),
-        ("host_kv_gib", 1, "(only 0.0 is)"),
-        ("disk_kv_gib", 1.5, "(only 0.0 is)"),
-        ("disk_kv_path", "/tmp", "(only None is)"),
         ("data_ranks", (0, 1), "(only None is)"),
     ],
 )
@@ -89,6 +86,28 @@ def test_not_available_yet(field: str, value: object, only: str) -> None:
     with pytest.raises(ValueError, match=f"^{field}=") as error:
         EngineConfig(**{field: value})
     assert f"is not available in this version {only}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"disk_kv_gib": 1}, "set disk_kv_path"),
+        ({"disk_kv_path": "/tmp", "host_kv_gib": 1}, "set disk_kv_gib"),
+        ({"disk_kv_path": "/tmp", "disk_kv_gib": 1}, "set host_kv_gib"),
+        (
+            {
+                "disk_kv_path": "/tmp",
+                "disk_kv_gib": 1,
+                "host_kv_gib": 1,
+                "enable_prefix_caching": False,
+            },
+            "enable_prefix_caching",
+        ),
+    ],
+)
+def test_tiers_that_do_not_fit_together(fields: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        EngineConfig(**fields)
 
 
 def test_numbers_are_stored_as_annotated() -> None:

@@ -66,7 +66,7 @@ class TieredMachine(RuleBasedStateMachine):
     def add(self, shared, own, num_output, n, salt, no_lookup):
         prompt = [*range(shared), *(1000 + 10 * salt + i for i in range(own))]
         s = self.scheduler
-        if not prompt or len(prompt) > min(s._most_tokens, s.max_model_len - 1):
+        if not prompt or len(prompt) > min(s.most_tokens, s.max_model_len - 1):
             with pytest.raises(ValueError, match="token"):
                 self.model.add(prompt, num_output)
             return

@@ -105,9 +105,6 @@ def _check_bounds(name: str, value: float, bounds: str) -> None:
 _AVAILABLE: Mapping[str, tuple] = {
     "quantization": (None,),
     "kv_cache_dtype": ("auto",),
-    "host_kv_gib": (0.0,),
-    "disk_kv_gib": (0.0,),
-    "disk_kv_path": (None,),
     "data_ranks": (None,),
 }
 """Fields of which only these values are built so far; a row goes when its feature comes."""
@@ -159,8 +156,13 @@ class EngineConfig:
         bounds="(0, inf)",
     )
     kv_cache_dtype: str = option("auto", "precision of KV pages", ("auto", "fp8"))
-    host_kv_gib: float = option(0.0, "GiB of pinned host memory for KV pages", bounds="[0, inf)")
-    disk_kv_gib: float = option(0.0, "GiB of disk for KV pages", bounds="[0, inf)")
+    host_kv_gib: float = option(
+        0.0,
+        "GiB of pinned host memory for KV pages: swapped sequences, prefixes, and the older pages "
+        "of sequences larger than the GPU's pool",
+        bounds="[0, inf)",
+    )
+    disk_kv_gib: float = option(0.0, "GiB of disk for the KV pages of prefixes", bounds="[0, inf)")
     disk_kv_path: str | None = option(None, "folder for KV pages on disk")
     data_parallel_size: int = option(1, "ranks to spawn", bounds="[1, inf)")
     weights: str = option("auto", "where weights live", ("auto", "resident", "pooled"))
@@ -189,6 +191,7 @@ class EngineConfig:
             self._check_not_pooled()
         if self.device == "cpu":
             self._check_cpu()
+        self._check_tiers()
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> "EngineConfig":
@@ -244,6 +247,23 @@ class EngineConfig:
             raise ValueError(
                 f"ring_gib={self.ring_gib} has no meaning with remote_mode='ship', which streams "
                 "nothing; leave it out, or give remote_mode='auto' or 'stream'"
+            )
+
+    def _check_tiers(self) -> None:
+        size, path = self.disk_kv_gib, self.disk_kv_path
+        if bool(size) != (path is not None):
+            missing = "disk_kv_path (a folder)" if size else "disk_kv_gib (its size)"
+            raise ValueError(
+                f"disk_kv_gib={size} and disk_kv_path={path!r} go together: set {missing}"
+            )
+        if size and not self.host_kv_gib:
+            raise ValueError(
+                f"disk_kv_gib={size} needs host memory that pages pass through: set host_kv_gib"
+            )
+        if size and not self.enable_prefix_caching:
+            raise ValueError(
+                f"disk_kv_gib={size} has no meaning without enable_prefix_caching: the disk keeps "
+                "the pages of prefixes"
             )
 
     def _check_cpu(self) -> None:

@@ -16,6 +16,34 @@ class GroupBatch:
 
 
 @dataclass(slots=True)
+class StagedPart:
+    """A sequence whose pages are gathered before its attention."""
+
+    first: int
+    """Of its query tokens."""
+    end: int
+    length: int
+    """Tokens in the cache after this pass."""
+    query_start: Tensor
+    """int32 [0, end - first]."""
+    key_start: Tensor
+    """int32 [0, length]."""
+
+
+@dataclass(slots=True)
+class Staged:
+    """The last sequences of a batch, which compute several tokens over pages in other pools."""
+
+    parts: list[StagedPart]
+    max_query_len: int
+    """Of the sequences before them."""
+    table: Tensor
+    """int32 [1, pages], a block table of the buffers: 0, 1, 2, ..."""
+    buffers: tuple[Tensor, Tensor]
+    """[tokens, num_kv_heads, head_dim], room for the keys and values of one layer."""
+
+
+@dataclass(slots=True)
 class Batch:
     """One forward pass: num_tokens packed query tokens of num_seqs sequences."""
 
@@ -28,3 +56,4 @@ class Batch:
     groups: tuple[GroupBatch, ...]
     places: Tensor | None = None
     """int64 [num_places, 2] if a block table names another pool (docs/layouts.md)."""
+    staged: Staged | None = None

@@ -45,6 +45,33 @@ def pages_of_budget(shape: KVShape, budget_bytes: int, setting: str) -> int:
     return pages
 
 
+def tier_pages(page_bytes: int, gib: float, available: int, setting: str, what: str) -> int:
+    """Pages that ``gib`` GiB of another tier hold, 0 if it is 0.
+
+    Args:
+        available: bytes that ``what`` (host memory, a disk) has left.
+        setting: the field that asks for it.
+
+    Raises:
+        ValueError: not one page, or more than 95% of what is available.
+    """
+    if not gib:
+        return 0
+    pages = int(gib * GIB) // page_bytes
+    if pages < 2:
+        raise ValueError(
+            f"{setting}={gib} is {int(gib * GIB):,} bytes, room for {pages} pages of "
+            f"{page_bytes:,} bytes; give at least {setting}={2 * page_bytes / GIB:.4f}"
+        )
+    if pages * page_bytes > available * 95 // 100:
+        raise ValueError(
+            f"{setting}={gib}: {pages} pages x {page_bytes:,} bytes = "
+            f"{pages * page_bytes / GIB:.2f} GiB, but of {what} {available / GIB:.2f} GiB are left "
+            f"(95% may be taken): lower {setting}"
+        )
+    return pages
+
+
 def most_pages(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
     """Pages that ``max_num_seqs`` sequences of full length hold, and page 0."""
     return max_num_seqs * -(-max_model_len // block_size) + 1
@@ -67,6 +94,8 @@ def fit_model_len(
 ) -> tuple[int, str | None]:
     """The longest sequence in tokens, and a remark if the pool forced it below the model's maximum.
 
+    ``num_pages`` are those of the GPU pool and, if there is one, those that the host pool holds.
+
     Raises:
         ValueError: ``asked`` is beyond the model's maximum or beyond what the pool holds.
     """
@@ -79,7 +108,8 @@ def fit_model_len(
         if asked > capacity:
             raise ValueError(
                 f"max_model_len={asked} does not fit: the KV pool holds {num_pages - 1} pages x "
-                f"{block_size} = {capacity} tokens; raise kv_cache_gib or lower max_model_len"
+                f"{block_size} = {capacity} tokens; raise kv_cache_gib or host_kv_gib, or lower "
+                "max_model_len"
             )
         return asked, None
     if model_max > capacity:

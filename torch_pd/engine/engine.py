@@ -15,6 +15,7 @@ from torch.profiler import record_function
 from torch_pd import ops
 from torch_pd.config import EngineConfig
 from torch_pd.dist import World
+from torch_pd.engine.carrier import Carrier, swap_costs
 from torch_pd.engine.detokenizer import Detokenizer
 from torch_pd.engine.draw import derive_seed
 from torch_pd.engine.inflight import InFlight, Output, Request
@@ -26,6 +27,8 @@ from torch_pd.engine.scheduler import Plan, Scheduler
 from torch_pd.engine.sequence import Sequence, Status
 from torch_pd.engine.streaming import Streaming
 from torch_pd.engine.tickets import Ticket
+from torch_pd.kv.disk import free_space
+from torch_pd.kv.host import available_memory
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.nn.patch import device_of, is_patched, kv_shape, new_pool, patch_model, unpatch_model
 from torch_pd.request import Logprob, RequestOutput
@@ -36,6 +39,7 @@ from torch_pd.sizing import (
     gpu_kv_bytes,
     most_pages,
     pages_of_budget,
+    tier_pages,
 )
 
 if TYPE_CHECKING:
@@ -128,13 +132,17 @@ class Engine:
             budget = gpu_kv_bytes(free, total, config.gpu_memory_share)
             setting = f"gpu_memory_utilization={config.gpu_memory_share}"
         else:
-            budget, setting = cpu_kv_bytes(_available_memory()), "40% of the available memory"
+            budget, setting = cpu_kv_bytes(available_memory()), "40% of the available memory"
             if self.world is not None:
                 budget //= self.world.size
         num_pages = pages_of_budget(shape, budget, setting)
         model_max = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        host_pages, disk_pages = self._tier_pages(shape.page_bytes)
         self.max_model_len, remark = fit_model_len(
-            int(model_max or 1 << 30), config.max_model_len, num_pages, config.block_size
+            int(model_max or 1 << 30),
+            config.max_model_len,
+            num_pages + max(0, host_pages - 1),
+            config.block_size,
         )
         if self.world is not None:
             self.max_model_len = min(self.world.all_gather(self.max_model_len))
@@ -149,12 +157,20 @@ class Engine:
         self.allocator = PageAllocator(
             num_pages, enable_prefix_caching=config.enable_prefix_caching
         )
+        self.carrier: Carrier | None = None
+        costs = None
+        if host_pages:
+            self.carrier = Carrier(self.pool, self.allocator, config, host_pages, disk_pages)
+            num_params = sum(parameter.numel() for parameter in model.parameters())
+            costs = swap_costs(device.type, shape.page_bytes, num_params)
         self.scheduler = Scheduler(
             self.allocator,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.max_model_len,
+            tiers=None if self.carrier is None else self.carrier.tiers,
+            costs=costs,
         )
         self.eos_token_ids = _eos_token_ids(model, self.tokenizer)
         self.sampler = Sampler(self.vocab_size, self.eos_token_ids)
@@ -166,6 +182,8 @@ class Engine:
             config.max_num_batched_tokens,
             ranks=0 if self.lockstep is None else self.lockstep.ranks,
         )
+        if self.carrier is not None:
+            self.runner.read_places(self.carrier.places)
         self.overlap = True
         """Steps are launched before the tokens of the last one are known; results are the same."""
         self._under_way: UnderWay | None = None
@@ -196,6 +214,18 @@ class Engine:
         self._seconds = 0.0
         self._decoded: dict[int, str] = {}
 
+    def _tier_pages(self, page_bytes: int) -> tuple[int, int]:
+        """Pages of the host pool and on disk. ValueError if the machine lacks the room."""
+        config = self.config
+        ranks = 1 if self.world is None else self.world.size
+        memory = available_memory() // ranks
+        host = tier_pages(page_bytes, config.host_kv_gib, memory, "host_kv_gib", "host memory")
+        disk = 0
+        if config.disk_kv_path is not None:
+            room = free_space(config.disk_kv_path) // ranks
+            disk = tier_pages(page_bytes, config.disk_kv_gib, room, "disk_kv_gib", "the disk")
+        return host, disk
+
     # Requests.
 
     @property
@@ -204,7 +234,7 @@ class Engine:
         return Limits(
             vocab_size=self.vocab_size,
             max_model_len=self.max_model_len,
-            kv_tokens=self.allocator.num_usable * self.config.block_size,
+            kv_tokens=self.scheduler.most_tokens,
             has_tokenizer=self.tokenizer is not None,
         )
 
@@ -314,7 +344,11 @@ class Engine:
             budget = min(budget, PROMPT_LOGPROB_TOKENS)
         scheduler.max_num_batched_tokens = budget
         with record_function("schedule"):
+            if self.carrier is not None:
+                self.carrier.look()
             plan = scheduler.schedule()
+            if self.carrier is not None:
+                self.carrier.carry(plan)
         # max_model_len never exceeds the pool, so a sequence cannot outgrow it.
         assert not plan.failed, plan.failed[0].error
         self._counts["preemptions"] += len(plan.preempted)
@@ -355,6 +389,8 @@ class Engine:
             self.runner.tickets.rest()
             if self.streaming is not None and self.streaming.choice is not None:
                 self.streaming.choice.rest()
+            if self.carrier is not None and self.lockstep is None:
+                self.carrier.wait_for_disk()
         return list(grown.values())
 
     def _settle(self, step: UnderWay, grown: dict[str, InFlight]) -> None:
@@ -499,7 +535,15 @@ class Engine:
             "prefix_pages_looked_up": allocator.num_lookups,
             "prefix_pages_hit": allocator.num_hits,
             **(choice.report() if choice is not None else {}),
+            **self._tier_stats(),
         }
+
+    def _tier_stats(self) -> dict[str, Any]:
+        if self.carrier is None:
+            return {}
+        swapper = self.scheduler.swapper
+        assert swapper is not None
+        return {**self.carrier.stats(), "swapped_sequences": swapper.num_swapped}
 
     def memory_line(self) -> str:
         """Weights and KV pages in one line."""
@@ -526,6 +570,10 @@ class Engine:
             self.lockstep.leave()
         if self.streaming is not None:
             self.streaming.close()
+        if self.carrier is not None:
+            if self.pool.device.type == "cuda":
+                torch.cuda.synchronize(self.pool.device)  # kernels may read pages in place
+            self.carrier.close()
         del self.runner, self.pool, self.model
 
 
@@ -537,12 +585,3 @@ def _eos_token_ids(model: "PreTrainedModel", tokenizer: Any) -> tuple[int, ...]:
         if ids is not None:
             found += ids if isinstance(ids, ListLike) else [ids]
     return tuple(dict.fromkeys(found))
-
-
-def _available_memory() -> int:
-    """Bytes that can be taken without swapping, by the kernel's estimate."""
-    with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable; set kv_cache_gib")

@@ -60,8 +60,9 @@ class Plan:
 
     @property
     def decodes(self) -> bool:
-        """Every sequence computes one token and samples the next; true of an empty plan."""
-        return bool(self.samples.all()) and bool((self.counts == 1).all())
+        """Every sequence computes one token and samples the next, over GPU pages alone; true of an
+        empty plan."""
+        return not self.in_place and bool(self.samples.all()) and bool((self.counts == 1).all())
 
     @property
     def num_samples(self) -> int:

@@ -22,6 +22,7 @@ from torch_pd.engine.graphs import DecodeGraphs, bucket_sizes
 from torch_pd.engine.lockstep import CommonStep
 from torch_pd.engine.sampler import SLICE, Sampler, SamplerOutput, SamplingRow
 from torch_pd.engine.scheduler import Plan, Scheduler
+from torch_pd.engine.stage import Stage
 from torch_pd.engine.staging import Staging
 from torch_pd.engine.tickets import Ticket, Tickets
 from torch_pd.kv.cache import KVPool
@@ -90,7 +91,7 @@ class Runner:
         device = pool.device
         tokens = max(max_tokens, rows)
         # 5 arrays of tokens; of rows settings, keys, lengths, starts, moves; block tables.
-        capacity = 40 * tokens + (24 + 32 + 8 + 16) * (rows + 1) + 4 * rows * width + 256
+        capacity = 40 * tokens + (24 + 32 + 8 + 16 + 16) * (rows + 1) + 4 * rows * width + 256
         lead = 2 + rows + rows % 2
         self.staging = Staging(8 * lead, capacity, device)
         self.tokens = self.staging.data[: 8 * (lead + tokens)].view(torch.int64)
@@ -98,11 +99,23 @@ class Runner:
         self._first_input = lead
         self._block_tables = torch.zeros((rows, width), dtype=torch.int32, device=device)
         """Of the step that a graph runs: graphs hold one width."""
+        self._places: Tensor | None = None
+        self._stage: Stage | None = None
         self.tickets = Tickets(rows, device)
         self.graphs: DecodeGraphs | None = None
         self.no_graphs = "not captured"
         """Why there are no graphs."""
         self.num_replays = 0
+
+    def read_places(self, places: Tensor) -> None:
+        """Block tables may name pages of other pools from now on.
+
+        Args:
+            places: see `Batch.places`.
+        """
+        self._places = places
+        if self.tables.block_tables.shape[1] >= self.pool.num_pages:
+            self._stage = Stage(self.pool, self.tables.block_tables.shape[1])
 
     # Graphs.
 
@@ -305,15 +318,25 @@ class Runner:
         # What graphs read comes first: its place depends on the number of rows alone.
         lengths = query_start.astype(np.int32), seq_lens.astype(np.int32)
         arrays = [ids, source, positions, slots, select, settings, keys, *lengths]
-        views = self.staging.put([*arrays, block_tables, moves])
+        parts = np.zeros((plan.num_staged, 4), np.int32)
+        if plan.num_staged:
+            parts[:, 1] = counts[-plan.num_staged :]
+            parts[:, 3] = seq_lens[num - plan.num_staged : num]
+        views = self.staging.put([*arrays, block_tables, moves, parts])
         _, at_source, at_positions, at_slots, at_select, at_settings, at_keys, *rest = views
-        at_starts, at_lens, at_tables, at_moves = rest
+        at_starts, at_lens, at_tables, at_moves, at_parts = rest
+        staged = None
+        if plan.num_staged:
+            assert self._stage is not None
+            staged = self._stage.parts(query_start, counts, seq_lens, at_parts)
         batch = Batch(
             num_tokens=len(ids),
             max_query_len=int(counts.max(initial=1)),
             query_start=at_starts,
             seq_lens=at_lens,
             groups=(GroupBatch(block_tables=at_tables, slots=at_slots),),
+            places=self._places if plan.in_place else None,
+            staged=staged,
         )
         return Step(
             batch=batch,

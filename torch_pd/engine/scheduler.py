@@ -93,7 +93,7 @@ class Scheduler:
             most_pages += tiers.host.num_usable
         self._most_pages = most_pages
         self._gpu_tokens = allocator.num_usable * block_size
-        self._most_tokens = most_pages * block_size
+        self.most_tokens = most_pages * block_size
         # What a step may take is copied down ahead of it.
         self._ahead = min(-(-max_num_batched_tokens // block_size), allocator.num_usable // 8)
 
@@ -144,7 +144,7 @@ class Scheduler:
         if pages > usable:
             raise ValueError(
                 f"the prompt's {n} tokens need {n} / {self.block_size} = {pages} KV pages, but the "
-                f"whole pool has {usable} ({self._most_tokens} tokens): shorten the prompt "
+                f"whole pool has {usable} ({self.most_tokens} tokens): shorten the prompt "
                 "or give the KV cache more memory"
             )
         limit = self.max_model_len if seq.max_total_len is None else seq.max_total_len
@@ -336,12 +336,12 @@ class Scheduler:
         """Rules 2 and 4: shares the tokens out, finds pages, preempts."""
         running, tables = self._running.seqs, self.tables
         rows = self._running.rows
-        outgrown = (tables.num_tokens[rows] > self._most_tokens) & (tables.source[rows] < 0)
+        outgrown = (tables.num_tokens[rows] > self.most_tokens) & (tables.source[rows] < 0)
         failed = [self._fail(seq) for seq in list(compress(running, outgrown.tolist()))]
         rows = self._running.rows
         starts, tokens = tables.num_computed[rows], tables.num_tokens[rows]
         # One at a limit ends as soon as its last token is known.
-        over = (tokens >= tables.limit[rows]) | (tokens > self._most_tokens)
+        over = (tokens >= tables.limit[rows]) | (tokens > self.most_tokens)
         wanted = np.where(over, 0, tokens - starts)
         if self.swapper is not None and bool((tokens > self._gpu_tokens).any()):
             for i in np.flatnonzero(tokens > self._gpu_tokens).tolist():

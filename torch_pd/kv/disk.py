@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 
-from torch_pd import _runtime
+import torch_pd._runtime as _runtime
 from torch_pd.kv.host import HostPool
 from torch_pd.kv.moves import DiskJob
 from torch_pd.sizing import GIB
@@ -35,11 +35,7 @@ class DiskTier:
         self.host = host
         nbytes = num_records * -(-host.page_bytes // 4096) * 4096
         setting = f"disk_kv_path={folder!r}"
-        try:
-            space = os.statvfs(folder)
-        except OSError as error:
-            raise ValueError(f"{setting}: {error.strerror}; give an existing folder") from error
-        free = space.f_bavail * space.f_frsize
+        free = free_space(folder)
         if nbytes > free:
             raise ValueError(
                 f"{setting} has {free / GIB:.2f} GiB free, {num_records} pages x "
@@ -88,6 +84,17 @@ class DiskTier:
         """Ends the threads, dropping what is queued, and the file with them."""
         self._file.close()
         self._jobs.clear()
+
+
+def free_space(folder: str) -> int:
+    """Bytes that files in a folder may still take. ValueError if there is no such folder."""
+    try:
+        space = os.statvfs(folder)
+    except OSError as error:
+        raise ValueError(
+            f"disk_kv_path={folder!r}: {error.strerror}; give an existing folder"
+        ) from error
+    return space.f_bavail * space.f_frsize
 
 
 def _describe(error: int) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torch_pd import _runtime
+import torch_pd._runtime as _runtime
 from torch_pd.sizing import GIB
 
 CHUNK = GIB

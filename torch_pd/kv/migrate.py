@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torch_pd import _runtime, ops
+import torch_pd._runtime as _runtime
+from torch_pd import ops
 from torch_pd.kv.host import HostPool
 from torch_pd.kv.moves import Moves, Waits
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_pd import ops
 from torch_pd.context import Batch
 from torch_pd.kv.cache import KVPool
+from torch_pd.nn.attend import attend
 
 NAME = "torch_pd"
 """Of the attention function in Hugging Face's AttentionInterface."""
@@ -211,20 +212,17 @@ def attention_forward(
         batch, pool = slot.running.current()
         k_cache, v_cache = pool.layer(layer)
         ops.write_kv(k, v, k_cache, v_cache, batch.groups[group].slots)
-        ops.paged_attention(
+        attend(
             q,
-            k_cache,
-            v_cache,
-            batch.groups[group].block_tables,
-            batch.seq_lens,
-            batch.query_start,
+            pool,
+            layer,
+            group,
+            batch,
             out,
-            scale,
-            batch.max_query_len,
+            scale=scale,
             window=window,
             soft_cap=soft_cap,
             sinks=None if s_aux is None else s_aux.detach().float().contiguous(),
-            places=batch.places,
         )
     return out.unsqueeze(0), None
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_pd import ops
+from torch_pd.nn.attend import attend
 from torch_pd.nn.attention import Pass
 from torch_pd.nn.linear import MergedLinear, linear
 
@@ -91,19 +92,16 @@ class FusedAttention:
             blocked=blocked,
         )
         out = torch.empty_like(q)
-        ops.paged_attention(
+        attend(
             q,
-            k_cache,
-            v_cache,
-            pages.block_tables,
-            batch.seq_lens,
-            batch.query_start,
+            pool,
+            self.layer,
+            self.group,
+            batch,
             out,
-            self.scale,
-            batch.max_query_len,
+            scale=self.scale,
             window=self.window,
             soft_cap=self.soft_cap,
-            places=batch.places,
         )
         return out.flatten(1)
 
