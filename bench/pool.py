@@ -220,6 +220,7 @@ def generate(args: argparse.Namespace) -> list[dict]:
             names = ["steps", "graph_steps", "output_tokens", "preemptions"]
             names += ["device_idle_share", "step_seconds", "kv_tokens"]
             for rank, stats in enumerate(each):
+                names += [n for n in stats if n.startswith(("stream_", "ship_")) and n not in names]
                 shown = ", ".join(f"{name} {stats[name]:,.6g}" for name in names)
                 print(f"  rank {rank}: {shown}", flush=True)
     return found

@@ -67,7 +67,7 @@ def one_error_line(capsys) -> str:
         ("generate {tiny}", "no prompt"),
         ("generate {tiny} --prompt a --temperature -1", "temperature"),
         ("generate {tiny} --prompt a --gpu-memory-utilization 0.5 --device cpu", "no meaning"),
-        ("generate {tiny} --prompt a --weights pooled", "not available"),
+        ("generate {tiny} --prompt a --weights pooled", "data_parallel_size=2 or more"),
         ("info /nowhere", "does not exist"),
     ],
 )
