@@ -159,6 +159,10 @@ def _world(device: torch.device) -> World:
     return World(rank, size, device, board, group, cpu_group, unlinked)
 
 
+_P2P_READ = 0
+"""NVML's capability index of reads; pynvml's own constant is a tuple in some versions."""
+
+
 def _host() -> tuple[str, str]:
     """The same for two processes if they run on one host and see each other's process ids."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -176,7 +180,7 @@ def _unlinked(uuids: list[str], rank: int) -> tuple[int, ...]:
             other
             for other, gpu in enumerate(gpus)
             if other != rank
-            and pynvml.nvmlDeviceGetP2PStatus(gpus[rank], gpu, pynvml.NVML_P2P_CAPS_INDEX_READ)
+            and pynvml.nvmlDeviceGetP2PStatus(gpus[rank], gpu, _P2P_READ)
             != pynvml.NVML_P2P_STATUS_OK
         )
     finally:
