@@ -19,7 +19,7 @@ def echo(link, rank):
 def act(link, rank, deeds):
     """One deed of each rank, on its way up."""
     deed = deeds.get(rank, "wait")
-    if deed == "wait":
+    if deed in ("wait", "stop"):
         link.send(Phase(Ranks.WAITING))
     if deed == "hang":
         link.send(Phase("loading"))

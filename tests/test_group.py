@@ -23,6 +23,8 @@ DRAWN = SamplingParams(n=2, temperature=1.0, max_tokens=9, ignore_eos=True)
 PROMPTS = [[5 + i, 6, 7 + 3 * i] * (1 + i % 5) for i in range(23)]
 SIZES = {"kv_cache_gib": 0.01, "max_model_len": 256, "max_num_batched_tokens": 64}
 
+POOLED = {"weights": "pooled", "remote_mode": "ship"}
+
 
 def tokens_of(outputs):
     return [[list(choice.token_ids) for choice in output.outputs] for output in outputs]
@@ -135,8 +137,8 @@ def test_sigkill_while_generating(pair):
             again()
 
 
-def test_four_ranks_and_a_death_while_shutting_down(tiny, expected):
-    llm = LLM(tiny, data_parallel_size=4, **SIZES)
+def test_four_ranks_with_shared_weights_and_a_death_while_shutting_down(tiny, expected):
+    llm = LLM(tiny, data_parallel_size=4, **POOLED, **SIZES)
     pids = llm.pids
     assert calls(llm) == expected
     os.kill(pids[0], signal.SIGSTOP)  # so that the others wait for it
@@ -168,10 +170,15 @@ SCRIPT = """
 import os, signal, sys
 from torch import distributed
 from torch_pd import LLM
-from test_group import DRAWN, GREEDY, PROMPTS, SIZES, calls, tokens_of
+from test_group import GREEDY, POOLED, PROMPTS, SIZES, calls, tokens_of
 
-model, task = sys.argv[1:]
-rank = int(os.environ["RANK"])
+model, task = sys.argv[1:3]
+if len(sys.argv) > 3:  # ranks without torchrun: a process group that the caller made
+    rank = int(sys.argv[3])
+    meet = f"file://{sys.argv[4]}"
+    distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+else:
+    rank = int(os.environ["RANK"])
 """
 TASKS = {
     "same": """
@@ -181,7 +188,7 @@ except ValueError as error:
     print(f"{rank}: {error}")
 with LLM(model, **SIZES) as llm:
     print(f"{rank}: results {calls(llm)}")
-with LLM(model, data_parallel_size=2, **SIZES) as llm:  # a second one finds the same group
+with LLM(model, **POOLED, **SIZES) as llm:  # a second one finds the same group
     final = [o for o in llm.stream(PROMPTS, GREEDY) if o.finished]
     final.sort(key=lambda o: int(o.request_id.split("-")[1]))
     print(f"{rank}: streamed {tokens_of(final)}")
@@ -192,7 +199,7 @@ with LLM(model, **SIZES) as llm:
     llm.generate(PROMPTS[rank:], GREEDY, use_tqdm=False)
 """,
     "sigkill": """
-with LLM(model, **SIZES) as llm:
+with LLM(model, **POOLED, **SIZES) as llm:
     if rank == 1:
         engine, steps = llm.engine, []
         step = engine.step
@@ -207,14 +214,19 @@ with LLM(model, **SIZES) as llm:
 }
 
 
-def torchrun(task, model, tmp_path, ranks=2):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT + TASKS[task])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), str(script), str(model), task]
+def script(task, tmp_path):
+    """The script of a task, and the environment to run it in."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT + TASKS[task])
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent)])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    search = os.pathsep.join([str(here), str(here.parent)])
+    return str(path), {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(task, model, tmp_path):
+    path, env = script(task, tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", path, str(model), task]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
@@ -228,14 +240,29 @@ def test_torchrun_gives_the_same(tiny, expected, tmp_path):
         assert f"{rank}: ranks 2" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        ("prompts", r"ValueError: ranks \d and \d were given different prompts or parameters"),
-        ("sigkill", r"rank 1 \(process \d+\) has died"),
-    ],
-)
-def test_torchrun_failures(tiny, tmp_path, task, message):
-    result = torchrun(task, tiny, tmp_path)
+def test_torchrun_with_different_prompts(tiny, tmp_path):
+    result = torchrun("prompts", tiny, tmp_path)
     assert result.returncode != 0
-    assert re.search(message, result.stderr), result.stderr
+    assert "were given different prompts or parameters" in result.stderr
+
+
+def test_sigkill_without_torchrun(tiny, tmp_path):
+    """No agent ends the other rank: it must notice by itself."""
+    path, env = script("sigkill", tmp_path)
+    command = [sys.executable, path, str(tiny), "sigkill"]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "meet")],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert ranks[1].wait(60) == -signal.SIGKILL
+    start = time.monotonic()
+    _, errors = ranks[0].communicate(timeout=60)
+    assert time.monotonic() - start < 10
+    assert ranks[0].returncode == 1
+    assert re.search(rf"rank 1 \(process {ranks[1].pid}\) has died", errors), errors
+    ranks[1].communicate()

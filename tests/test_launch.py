@@ -70,7 +70,7 @@ def test_messages_and_an_end_in_peace():
             r"rank 0 \(process \d+\) exited with code 3 while starting",
         ),
         ({1: "break"}, GroupError, r"rank 1 failed while starting: RuntimeError: out of order\n"),
-        ({1: "stop"}, GroupError, r"rank 1 \(process \d+\) hung on start, while starting: it has"),
+        ({1: "stop"}, GroupError, r"rank 1 \(process \d+\) hung on start, while waiting: it has"),
     ],
 )
 def test_a_start_that_fails(deeds, kind, message, monkeypatch):

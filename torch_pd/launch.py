@@ -271,15 +271,14 @@ class Ranks:
                     return
                 continue
             fallen = [child for child in self._children if child.ended or child.fault is not None]
-            hanging = [child for child in starting if self._hangs(child)]
             if fallen:
                 self.failure = self._why(alive)
                 return
-            if hanging:
-                first = min(hanging, key=lambda child: child.moved)  # others may wait for it
+            hanging = self._hanging(starting)
+            if hanging is not None:
                 self.failure = GroupError(
-                    f"rank {first.rank} (process {first.process.pid}) hung on start, while "
-                    f"{first.phase}: it has done nothing for {HANG_S:.0f} s"
+                    f"rank {hanging.rank} (process {hanging.process.pid}) hung on start, while "
+                    f"{hanging.phase}: it has done nothing for {HANG_S:.0f} s"
                 )
                 return
 
@@ -306,14 +305,25 @@ class Ranks:
         else:
             self._messages.put((child.rank, message))
 
-    def _hangs(self, child: _Child) -> bool:
-        """True if for `HANG_S` the process has neither run, nor wanted to, nor read from a disk."""
+    def _hanging(self, starting: list[_Child]) -> _Child | None:
+        """A rank that for `HANG_S` has neither run, nor wanted to, nor read from a disk.
+
+        One that waits for others may, as long as one of them is on its way.
+        """
         now = time.monotonic()
-        state, ticks = _state(child.process.pid)
-        # A few ticks are the housekeeping of torch's threads.
-        if child.phase == self.WAITING or state in "DR" or ticks > child.ticks + 5:
-            child.ticks, child.moved = ticks, now
-        return now - child.moved > HANG_S
+        coming = any(child.phase != self.WAITING for child in starting)
+        stopped: list[_Child] = []
+        still: list[_Child] = []
+        for child in starting:
+            state, ticks = _state(child.process.pid)
+            waits = child.phase == self.WAITING and state != "T" and coming
+            # A few ticks are the housekeeping of torch's threads.
+            if waits or state in "DR" or ticks > child.ticks + 5:
+                child.ticks, child.moved = ticks, now
+            if now - child.moved > HANG_S:
+                (stopped if state == "T" else still).append(child)
+        # The first to stand still is the one that the others may wait for.
+        return min(stopped or still, key=lambda child: child.moved, default=None)
 
     def _why(self, alive: list[_Child]) -> Exception:
         """The cause, once others have had the time to fall over it."""
