@@ -17,7 +17,11 @@ def echo(link, rank):
 
 
 def act(link, rank, deeds):
-    """One deed of each rank, on its way up."""
+    """One deed of each rank, on its way up, when all are told to."""
+    link.send("here")
+    while not link.poll():
+        pass  # busy, so that it does not look as if it hung
+    link.recv()
     deed = deeds.get(rank, "wait")
     if deed in ("wait", "stop"):
         link.send(Phase(Ranks.WAITING))

@@ -74,8 +74,12 @@ def test_messages_and_an_end_in_peace():
     ],
 )
 def test_a_start_that_fails(deeds, kind, message, monkeypatch):
-    monkeypatch.setattr(launch, "HANG_S", 1.0)
-    error = outcome(start("act", deeds))
+    ranks = start("act", deeds)
+    for _ in range(2):
+        ranks.receive(30)
+    monkeypatch.setattr(launch, "HANG_S", 0.5)
+    ranks.send("go")
+    error = outcome(ranks)
     assert type(error) is kind
     assert re.search(message, str(error)), error
 
