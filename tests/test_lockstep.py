@@ -9,16 +9,17 @@ from torch_pd.board import Board
 from torch_pd.engine.lockstep import CommonStep, Lockstep
 
 
-def vote(boards, votes):
+def vote(ranks, votes):
     """What each rank's `agree` gives; ``votes`` holds (tokens, selected, decoding, busy)."""
-    found = [None] * len(boards)
+    found = [None] * len(ranks)
 
     def run(rank):
         tokens, selected, decoding, busy = votes[rank]
-        lockstep = Lockstep(boards[rank], boards[rank])
+        one = ranks[rank]
+        lockstep = one if isinstance(one, Lockstep) else Lockstep(one, one)
         found[rank] = lockstep.agree(tokens, selected, decoding=decoding, busy=busy)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(boards))]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(ranks))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -63,3 +64,27 @@ def test_many_votes_in_a_row(boards):
         step = vote(boards, votes)
         assert step.tokens == tuple(each[0] for each in votes)
         assert step.selected == tuple(each[1] for each in votes)
+
+
+def test_ranks_start_sequences_in_the_same_steps(boards):
+    lockstep = [Lockstep(board, board) for board in boards]
+    decode, prefill = (40, 40, True, True), (99, 1, False, True)
+
+    def step(*votes):
+        vote(lockstep, votes)
+
+    def admit(running=40):
+        return [one.admits(running) for one in lockstep]
+
+    assert admit() == [True] * 3
+    step(prefill, decode, decode)
+    assert admit() == [True] * 3  # one reads a prompt: the others may as well
+    step(decode, decode, decode)
+    for _ in range(6):
+        assert admit() == [False] * 3
+        step(decode, decode, decode)
+    assert admit() == [True] * 3  # the eighth
+    step(decode, decode, decode)
+    assert admit(37) == [False] * 3
+    assert lockstep[1].admits(35)  # an eighth of its rows is free
+    assert not lockstep[1].admits(35)

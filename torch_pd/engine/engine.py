@@ -343,6 +343,8 @@ class Engine:
         if self._num_prompt_logprobs:
             budget = min(budget, PROMPT_LOGPROB_TOKENS)
         scheduler.max_num_batched_tokens = budget
+        if self.lockstep is not None:
+            scheduler.admits = self.lockstep.admits(scheduler.num_running)
         with record_function("schedule"):
             if self.carrier is not None:
                 self.carrier.look()

@@ -8,6 +8,7 @@ _BUSY = 1
 _MIXED = 2
 _SELECTED_BITS = 24
 _WAIT_S = 1.0
+_ADMIT_EVERY = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,30 @@ class Lockstep:
 
     def __init__(self, board: Board, queue: Board) -> None:
         self._board, self._queue = board, queue
+        self._steps = self._most = 0
+        self._mixed = False
 
     @property
     def ranks(self) -> int:
         """How many run every step together."""
         return self._board.world
+
+    def admits(self, running: int) -> bool:
+        """Whether this rank may start new sequences in its next step.
+
+        A step in which one rank reads a prompt is no plain decoding step for any rank. So all start
+        new ones in the same steps: every so often, where many rows are free, and as long as others
+        do.
+
+        Args:
+            running: sequences of this rank.
+        """
+        self._most = max(self._most, running)
+        often = self._steps % _ADMIT_EVERY == 0
+        opens = self._mixed or often or running * 8 <= self._most * 7
+        if opens:
+            self._most = running
+        return opens
 
     def agree(self, tokens: int, selected: int, *, decoding: bool, busy: bool) -> CommonStep | None:
         """The next common step, or None if no rank is busy and so none runs anything.
@@ -65,12 +85,15 @@ class Lockstep:
         self._board.ready(tokens << _SELECTED_BITS | selected, flags)
         commit = self._wait()
         if not commit.flags & _BUSY:
+            self._steps = self._most = 0
             return None
+        self._steps += 1
+        self._mixed = bool(commit.flags & _MIXED)
         mask = (1 << _SELECTED_BITS) - 1
         return CommonStep(
             tokens=tuple(rows >> _SELECTED_BITS for rows in commit.rows),
             selected=tuple(rows & mask for rows in commit.rows),
-            decoding=not commit.flags & _MIXED,
+            decoding=not self._mixed,
         )
 
     def _wait(self) -> Commit:

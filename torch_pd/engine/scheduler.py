@@ -83,6 +83,8 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.admits = True
+        """False: waiting sequences stay there as long as any runs."""
         self.watermark = allocator.num_usable // 100
         self.tiers = tiers
         self.swapper = None
@@ -242,7 +244,7 @@ class Scheduler:
             plan = again
             if stuck:
                 break
-        if not plan.preempted:
+        if not plan.preempted and (self.admits or not self._running.seqs):
             self._admit(plan)
         return plan
 
