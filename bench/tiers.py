@@ -1,0 +1,219 @@
+"""The engine over KV tiers on one GPU: swap, shared prefixes, a sequence larger than the GPU pool.
+
+    python bench/tiers.py [--only swap,prefix,long] [--layers 36] [--folder /tmp] [--json FILE]
+
+Qwen3-8B shape (--layers cuts it), random weights, bfloat16, random tokens, greedy. Every line is an
+engine of its own; what is compared runs in one process one after the other.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from torch_pd import LLM, SamplingParams
+
+GIB = 1 << 30
+BLOCK = 16
+
+
+def write_config(folder: str, layers: int, max_len: int) -> None:
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": max_len,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "eos_token_id": 151645,
+        "torch_dtype": "bfloat16",
+    }
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+
+
+def gib_of(tokens: int, layers: int) -> float:
+    """GiB of the KV pages of so many tokens, and of page 0."""
+    page = layers * 2 * BLOCK * 8 * 128 * 2
+    return (-(-tokens // BLOCK) + 1.5) * page / GIB
+
+
+class Bench:
+    def __init__(self, layers: int, max_len: int, results: dict):
+        self.layers, self.results = layers, results
+        self.folder = tempfile.mkdtemp()
+        write_config(self.folder, layers, max_len)
+
+    def run(
+        self, name: str, prompts: list[list[int]], params: SamplingParams, **config: Any
+    ) -> tuple[list[list[int]], dict]:
+        """One engine's tokens; prints and keeps its figures."""
+        start = time.perf_counter()
+        llm = LLM(self.folder, load_format="dummy", max_num_seqs=256, **config)
+        ready = time.perf_counter() - start
+        with llm:
+            warm = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False)
+            llm.generate([[5] * 40] * 2, warm, use_tqdm=False)
+            before = llm.stats()
+            start = time.perf_counter()
+            outputs = llm.generate(
+                [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False
+            )
+            seconds = time.perf_counter() - start
+            stats = llm.stats()
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        count = sum(map(len, tokens))
+        kept = (
+            "steps",
+            "preemptions",
+            "swapped_sequences",
+            "prefix_pages_looked_up",
+            "prefix_pages_hit",
+            "prefix_pages_hit_host",
+            "moved_in_bytes",
+            "moved_out_bytes",
+            "disk_read_bytes",
+            "disk_written_bytes",
+            "disk_errors",
+            "kv_tokens",
+        )
+        row = {
+            "name": name,
+            "seconds": seconds,
+            "ready": ready,
+            "output_tok_s": count / seconds,
+            "prompt_tok_s": sum(map(len, prompts)) / seconds,
+            **{
+                key: stats[key] - (before[key] if key != "kv_tokens" else 0)
+                for key in kept
+                if key in stats
+            },
+        }
+        self.results.setdefault("runs", []).append(row)
+        moved = [row.get(f"moved_{way}_bytes", 0) / 1e9 for way in ("in", "out")]
+        disk = [row.get(f"disk_{way}_bytes", 0) / 1e9 for way in ("read", "written")]
+        looked = max(1, row["prefix_pages_looked_up"])
+        host_hits = row.get("prefix_pages_hit_host", 0) / looked
+        print(
+            f"{name:28} {seconds:6.2f} s  out {row['output_tok_s']:7.0f} tok/s  prompt "
+            f"{row['prompt_tok_s']:8.0f} tok/s  preempted {row['preemptions']:4} swapped "
+            f"{row.get('swapped_sequences', 0):4}  hits gpu {row['prefix_pages_hit'] / looked:4.0%}"
+            f" host {host_hits:4.0%}  moved in/out {moved[0]:.1f}/{moved[1]:.1f} GB, disk r/w "
+            f"{disk[0]:.1f}/{disk[1]:.1f} GB  steps {row['steps']}  ready {ready:.1f} s",
+            flush=True,
+        )
+        del llm
+        torch.cuda.empty_cache()
+        return tokens, row
+
+
+def random_tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(1000, 150000) for _ in range(count)]
+
+
+def equal_share(a: list[list[int]], b: list[list[int]]) -> str:
+    same = sum(x == y for x, y in zip(a, b, strict=True))
+    return f"{same} of {len(a)} outputs equal"
+
+
+def bench_swap(layers: int, results: dict) -> None:
+    """Decode-heavy work whose pages come to four times the pool."""
+    count, prompt, out = 96, 256, 384
+    bench = Bench(layers, 8192, results)
+    rng = random.Random(0)
+    prompts = [random_tokens(rng, rng.randint(prompt // 2, prompt * 3 // 2)) for _ in range(count)]
+    params = SamplingParams(temperature=0.0, max_tokens=out, ignore_eos=True, detokenize=False)
+    whole = count * (prompt + out)
+    base = {"max_model_len": 2048, "enable_prefix_caching": False}
+    full, quarter = gib_of(whole, layers), gib_of(whole // 4, layers)
+    print(f"swap: {count} prompts of {prompt}, {out} out; pool of {whole} or {whole // 4} tokens")
+    unlimited, _ = bench.run("unlimited pool", prompts, params, kv_cache_gib=full, **base)
+    again, _ = bench.run("quarter, recompute", prompts, params, kv_cache_gib=quarter, **base)
+    swapped, _ = bench.run(
+        "quarter, swap", prompts, params, kv_cache_gib=quarter, host_kv_gib=full, **base
+    )
+    print(f"  recompute: {equal_share(unlimited, again)}; swap: {equal_share(unlimited, swapped)}")
+
+
+def bench_prefix(layers: int, folder: str, questions: int, results: dict) -> None:
+    """64 prefixes of 4096 tokens, four times the GPU pool, asked in random order."""
+    count, length = 64, 4096
+    bench = Bench(layers, 8192, results)
+    rng = random.Random(1)
+    prefixes = [random_tokens(rng, length) for _ in range(count)]
+    prompts = [prefix + random_tokens(rng, 32) for prefix in prefixes for _ in range(questions)]
+    rng.shuffle(prompts)
+    params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
+    pool = gib_of(count * length // 4, layers)
+    large = gib_of(count * length * 5 // 4, layers)
+    base = {"max_model_len": 4352, "kv_cache_gib": pool, "enforce_eager": True}
+    print(f"prefix: {count} x {length} tokens, {questions} questions each, pool of a quarter")
+    bench.run("no cache (64 requests)", prompts[:64], params, enable_prefix_caching=False, **base)
+    bench.run("GPU", prompts, params, **base)
+    bench.run("GPU + host", prompts, params, host_kv_gib=large, **base)
+    bench.run(
+        "GPU + small host + disk",
+        prompts,
+        params,
+        host_kv_gib=pool,
+        disk_kv_gib=large,
+        disk_kv_path=folder,
+        **base,
+    )
+
+
+def bench_long(layers: int, results: dict) -> None:
+    """One sequence of 128K tokens over a GPU pool of 32K."""
+    bench = Bench(layers, 131072, results)
+    prompt = random_tokens(random.Random(2), 131072 - 64)
+    params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
+    base = {"max_model_len": 131072, "enable_prefix_caching": False}
+    print(f"long: one sequence of 128K tokens, {layers} layers")
+    whole, _ = bench.run("whole on the GPU", [prompt], params, kv_cache_gib=gib_of(131072, layers),
+                         **base)  # fmt: skip
+    part, _ = bench.run("GPU pool of 32K", [prompt], params, kv_cache_gib=gib_of(32768, layers),
+                        host_kv_gib=gib_of(131072, layers), **base)  # fmt: skip
+    same = next((i for i, (a, b) in enumerate(zip(whole[0], part[0], strict=True)) if a != b), 16)
+    results["long_equal_tokens"] = same
+    print(f"  the first {same} of 16 tokens are equal")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="swap,prefix,long")
+    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--questions", type=int, default=16)
+    parser.add_argument("--folder", default="/tmp", help="for the file of the disk tier")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    results: dict = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
+    results["layers"] = args.layers
+    for part in args.only.split(","):
+        if part == "swap":
+            bench_swap(args.layers, results)
+        elif part == "prefix":
+            bench_prefix(args.layers, args.folder, args.questions, results)
+        elif part == "long":
+            bench_long(args.layers, results)
+        else:
+            raise SystemExit(f"no part {part!r}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
