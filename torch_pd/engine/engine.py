@@ -25,6 +25,7 @@ from torch_pd.engine.runner import NONE, Runner
 from torch_pd.engine.sampler import Sampler, SamplingRow, bad_logits
 from torch_pd.engine.scheduler import Plan, Scheduler
 from torch_pd.engine.sequence import Sequence, Status
+from torch_pd.engine.stage import Stage
 from torch_pd.engine.streaming import Streaming
 from torch_pd.engine.tickets import Ticket
 from torch_pd.kv.disk import free_space
@@ -153,6 +154,11 @@ class Engine:
             num_pages = min(
                 num_pages, most_pages(config.max_num_seqs, self.max_model_len, config.block_size)
             )
+        longest = -(-self.max_model_len // config.block_size)
+        if host_pages and longest >= num_pages and config.kv_cache_gib is None:
+            # Prefill gathers what lies on the host (engine/stage.py).
+            stage = Stage.nbytes(shape.page_bytes, shape.num_layers, longest)
+            num_pages = max(2, num_pages - -(-stage // shape.page_bytes))
         self.pool = new_pool(model, num_pages, config.block_size)
         self.allocator = PageAllocator(
             num_pages, enable_prefix_caching=config.enable_prefix_caching
