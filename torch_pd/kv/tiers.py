@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 DISK_WRITES = 32
 """Pages being written to disk at once."""
+DISK_AHEAD = 1024
+"""Pages looked at in a step for what is to be written; bounds the time of a step."""
 DISK_ERRORS = 16
 """Failed transfers after which the disk is not used any more."""
 PASSES = 2
@@ -254,10 +256,11 @@ class Tiers:
 
     def write_ahead(self, n: int) -> None:
         """Writes what the host pool would evict for its next ``n`` pages to disk."""
-        if not self.uses_disk:
-            return
         most = min(DISK_WRITES, max(1, self.host.num_usable // 4))
-        for page, digest in self.host.next_evicted(max(0, n - self.host.num_blank)):
+        ahead = min(n - self.host.num_blank, DISK_AHEAD)
+        if not self.uses_disk or ahead <= 0 or len(self._writing) >= most:
+            return
+        for page, digest in self.host.next_evicted(ahead):
             if len(self._writing) >= most:
                 break
             if digest in self.disk or digest in self._on_way_down or not self.queue.has_left(page):
