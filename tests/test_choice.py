@@ -69,14 +69,14 @@ def test_constants_are_measured_once(tmp_path):
     pools = filled_pools(DIMS, 1)
     alone = lambda value: [value]  # noqa: E731
     ring = make_ring(pools, 0)
-    machine = machine_of(ring, alone, tmp_path)
+    machine = machine_of(ring, ring.device, alone, tmp_path)
     assert machine.name == "CPU"
-    assert machine.link_bandwidth > 0
+    assert machine.link_bandwidth > 123
     (path,) = tmp_path.iterdir()
     path.write_text('{"link_bandwidth": 123.0}')
-    assert machine_of(ring, alone, tmp_path).link_bandwidth == 123
+    assert machine_of(ring, ring.device, alone, tmp_path).link_bandwidth == 123
     path.write_text('{"speed": 1}')
-    assert machine_of(ring, alone, tmp_path).link_bandwidth > 123
+    assert machine_of(ring, ring.device, alone, tmp_path).link_bandwidth > 123
     ring.close()
 
 

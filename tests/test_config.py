@@ -79,7 +79,6 @@ def test_wrong_type(field: str, value: object) -> None:
     [
         ("quantization", "fp8", "(only None is)"),
         ("kv_cache_dtype", "fp8", "(only 'auto' is)"),
-        ("data_ranks", (0, 1), "(only None is)"),
     ],
 )
 def test_not_available_yet(field: str, value: object, only: str) -> None:

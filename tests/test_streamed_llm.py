@@ -11,6 +11,38 @@ from torch_pd.engine.work import Call, run
 from torch_pd.engine.worker import make_engine
 
 
+@pytest.mark.parametrize("mode", ["stream", "ship", "auto"])
+def test_weights_on_some_ranks_and_pages_on_the_others(folder, work, want, mode):  # noqa: F811
+    apart = {"param_ranks": [0, 2], "data_ranks": [1, 3]}
+    shared = {"data_parallel_size": 4, "weights": "pooled", "remote_mode": mode}
+    with LLM(folder, **shared, **apart, **SETTINGS) as llm:
+        for _ in range(2):
+            outputs = llm.generate(*work, use_tqdm=False)
+            assert [output.outputs[0].token_ids for output in outputs] == want
+        ranks = llm.stats()["ranks"]
+        made = [rank["output_tokens"] for rank in ranks]
+        assert made[0] == made[2] == 0
+        assert made[1] + made[3] == 2 * sum(map(len, want))
+        assert [rank["kv_pages"] for rank in ranks][::2] == [1, 1]
+        if mode == "stream":
+            assert ranks[0]["steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({"param_ranks": [0, 1], "data_ranks": [1, 2]}, r"share rank 1: keep them apart"),
+        ({"param_ranks": [0], "data_ranks": [1]}, r"rank 2 would hold neither"),
+        ({"param_ranks": [0], "data_ranks": [1, 2, 3]}, r"data_ranks=.* has 3, but the ranks are"),
+        ({"data_ranks": [1, 2]}, r"data_ranks=\[1, 2\] needs param_ranks"),
+        ({"param_ranks": [0], "data_ranks": [1, 1]}, r"at least one rank, each once"),
+    ],
+)
+def test_sets_of_ranks_that_cannot_be(folder, sets, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        LLM(folder, data_parallel_size=3, weights="pooled", **sets, **SETTINGS)
+
+
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [

@@ -186,11 +186,12 @@ class Board:
         """Requests that all ranks work on."""
         return self._board.running()
 
-    def take(self, want: int) -> range:
+    def take(self, want: int, among: int | None = None) -> range:
         """The next numbers of the queue, at most ``want``, and no more than bring this rank to its
-        share: what is left and what runs, divided by the ranks, rounded up. They count as running.
+        share: what is left and what runs, divided by the ranks that take any (``among``, default
+        all), rounded up. They count as running.
         """
-        return range(*self._board.take(want))
+        return range(*self._board.take(want, among or self.world))
 
     def set_running(self, count: int) -> None:
         """Says how many requests this rank works on."""

@@ -105,12 +105,18 @@ def _check_bounds(name: str, value: float, bounds: str) -> None:
 _AVAILABLE: Mapping[str, tuple] = {
     "quantization": (None,),
     "kv_cache_dtype": ("auto",),
-    "data_ranks": (None,),
 }
 """Fields of which only these values are built so far; a row goes when its feature comes."""
 
 
-_POOLED_ONLY = {"weight_layout", "weight_replicas", "remote_mode", "ring_gib", "param_ranks"}
+_POOLED_ONLY = {
+    "weight_layout",
+    "weight_replicas",
+    "remote_mode",
+    "ring_gib",
+    "param_ranks",
+    "data_ranks",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +193,7 @@ class EngineConfig:
                 )
         if self.weights == "pooled":
             self._check_pooled()
+            self._check_data_ranks()
         else:
             self._check_not_pooled()
         if self.device == "cpu":
@@ -227,6 +234,25 @@ class EngineConfig:
                 "weights='pooled' splits the weights over several ranks, and there is one; give "
                 "data_parallel_size=2 or more, or weights='resident'"
             )
+        if self.data_ranks is None:
+            return
+        for name, named in (
+            ("param_ranks", self.param_ranks or ()),
+            ("data_ranks", self.data_ranks),
+        ):
+            outside = [rank for rank in named if rank >= ranks]
+            if outside:
+                raise ValueError(
+                    f"{name}={list(named)} has {outside[0]}, but the ranks are 0..{ranks - 1}"
+                )
+        assert self.param_ranks is not None
+        idle = sorted(set(range(ranks)) - {*self.param_ranks, *self.data_ranks})
+        if idle:
+            raise ValueError(
+                f"rank {', '.join(map(str, idle))} would hold neither weights nor KV pages: add it "
+                f"to param_ranks={list(self.param_ranks)} or data_ranks={list(self.data_ranks)}, or "
+                f"start fewer ranks"
+            )
 
     @property
     def gpu_memory_share(self) -> float:
@@ -247,6 +273,29 @@ class EngineConfig:
             raise ValueError(
                 f"ring_gib={self.ring_gib} has no meaning with remote_mode='ship', which streams "
                 "nothing; leave it out, or give remote_mode='auto' or 'stream'"
+            )
+
+    def _check_data_ranks(self) -> None:
+        data, params = self.data_ranks, self.param_ranks
+        if data is None:
+            return
+        if params is None:
+            raise ValueError(
+                f"data_ranks={list(data)} needs param_ranks, the ranks that hold the weights; "
+                "without both, every rank holds weights and KV pages"
+            )
+        if not data or len(set(data)) != len(data):
+            raise ValueError(f"data_ranks={list(data)} must name at least one rank, each once")
+        both = sorted(set(data) & set(params))
+        if both:
+            raise ValueError(
+                f"param_ranks={list(params)} and data_ranks={list(data)} share rank "
+                f"{', '.join(map(str, both))}: keep them apart, or leave data_ranks out so that "
+                "every rank holds KV pages"
+            )
+        if self.weight_replicas != 1:
+            raise ValueError(
+                f"weight_replicas={self.weight_replicas} cannot be combined with data_ranks; give 1"
             )
 
     def _check_tiers(self) -> None:

@@ -367,14 +367,14 @@ class Board {
     return total_ - int64_t(queue & kNextBits);
   }
 
-  std::pair<int64_t, int64_t> take(int64_t want) {
+  std::pair<int64_t, int64_t> take(int64_t want, int64_t among) {
     std::atomic<int64_t>& mine = shared_->slots[rank_].running;
     uint64_t queue = shared_->queue.load();
     int64_t count;
     do {
       const int64_t left = total_ - int64_t(queue & kNextBits);
       if (queue >> kCallShift != call_ || left <= 0) return {total_, total_};
-      const int64_t share = (left + running() + world_ - 1) / world_;
+      const int64_t share = (left + running() + among - 1) / among;
       count = std::min({want, left, share - mine.load()});
       if (count <= 0) return {total_, total_};
     } while (!shared_->queue.compare_exchange_weak(queue, queue + uint64_t(count)));
@@ -549,7 +549,7 @@ void bind_board(py::module_& m) {
       .def("guard", &Board::guard, py::arg("grace_s"))
       .def("open", &Board::open, py::arg("call"), py::arg("total"), py::arg("digest"))
       .def("left", &Board::left_in_queue)
-      .def("take", &Board::take, py::arg("want"))
+      .def("take", &Board::take, py::arg("want"), py::arg("among"))
       .def("drain", &Board::drain)
       .def("set_running", &Board::set_running, py::arg("count"))
       .def("running", &Board::running);

@@ -105,6 +105,10 @@ class Engine:
     ):
         self.config = config
         self.world = world
+        ranks = range(1 if world is None else world.size)
+        self.serving = [config.data_ranks is None or rank in config.data_ranks for rank in ranks]
+        """Of each rank, whether it holds KV pages and so runs requests."""
+        self.serves = self.serving[0 if world is None else world.rank]
         self.lockstep = lockstep
         self.streaming = streaming
         self.group_idle = True
@@ -136,13 +140,15 @@ class Engine:
             budget, setting = cpu_kv_bytes(available_memory()), "40% of the available memory"
             if self.world is not None:
                 budget //= self.world.size
+        if not self.serves:
+            budget, setting = 2 * shape.page_bytes, "a rank without requests"
         num_pages = pages_of_budget(shape, budget, setting)
         model_max = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        host_pages, disk_pages = self._tier_pages(shape.page_bytes)
+        host_pages, disk_pages = self._tier_pages(shape.page_bytes) if self.serves else (0, 0)
         self.max_model_len, remark = fit_model_len(
             int(model_max or 1 << 30),
             config.max_model_len,
-            num_pages + max(0, host_pages - 1),
+            num_pages + max(0, host_pages - 1) if self.serves else 1 << 40,
             config.block_size,
         )
         if self.world is not None:
@@ -178,6 +184,11 @@ class Engine:
             tiers=None if self.carrier is None else self.carrier.tiers,
             costs=costs,
         )
+        self._kv_tokens = self.scheduler.most_tokens
+        if self.world is not None:
+            self._kv_tokens = min(
+                self.world.all_gather(self._kv_tokens if self.serves else 1 << 60)
+            )
         self.eos_token_ids = _eos_token_ids(model, self.tokenizer)
         self.sampler = Sampler(self.vocab_size, self.eos_token_ids)
         self.runner = Runner(
@@ -186,7 +197,7 @@ class Engine:
             self.scheduler,
             self.sampler,
             config.max_num_batched_tokens,
-            ranks=0 if self.lockstep is None else self.lockstep.ranks,
+            *self._stepping(),
         )
         if self.carrier is not None:
             self.runner.read_places(self.carrier.places)
@@ -232,6 +243,15 @@ class Engine:
             disk = tier_pages(page_bytes, config.disk_kv_gib, room, "disk_kv_gib", "the disk")
         return host, disk
 
+    def _stepping(self) -> tuple[list[bool], int]:
+        """Of the ranks in lockstep, which serve; and the place of this one among them."""
+        if self.lockstep is None:
+            return [], 0
+        if all(self.serving):
+            return [True] * self.lockstep.ranks, 0
+        assert self.world is not None
+        return self.serving, self.world.rank
+
     # Requests.
 
     @property
@@ -240,7 +260,7 @@ class Engine:
         return Limits(
             vocab_size=self.vocab_size,
             max_model_len=self.max_model_len,
-            kv_tokens=self.scheduler.most_tokens,
+            kv_tokens=self._kv_tokens,
             has_tokenizer=self.tokenizer is not None,
         )
 

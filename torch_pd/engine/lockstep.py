@@ -1,5 +1,6 @@
 """Lockstep: the steps that the ranks of a pool group run together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch_pd.board import Board, Commit
@@ -22,11 +23,11 @@ class CommonStep:
     decoding: bool
     """No rank does anything but decode one token a sequence."""
 
-    def padded(self, size: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def padded(self, sizes: Sequence[int] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """``tokens`` and ``selected`` as they are run: a rank without work computes a row of
-        padding and its logits; with a size, all ranks compute that many."""
-        if size is not None:
-            return (size,) * len(self.tokens), (size,) * len(self.tokens)
+        padding and its logits; with sizes, the ranks compute those."""
+        if sizes is not None:
+            return tuple(sizes), tuple(sizes)
         pairs = zip(self.tokens, self.selected, strict=True)
         return tuple(max(1, n) for n in self.tokens), tuple(m if n else 1 for n, m in pairs)
 

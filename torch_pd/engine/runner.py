@@ -68,7 +68,9 @@ class Runner:
         scheduler: whose tables the plans refer to.
         sampler: draws on the CPU.
         max_tokens: of a step.
-        ranks: that run every step together, for models whose linears are shipped; 0: none.
+        serving: for each of the ranks that run every step together (models whose linears are
+            shipped) whether it ever has sequences; one without computes a row of padding.
+        rank: which of them this is.
     """
 
     def __init__(
@@ -78,13 +80,14 @@ class Runner:
         scheduler: Scheduler,
         sampler: Sampler,
         max_tokens: int,
-        ranks: int = 0,
+        serving: Sequence[bool] = (),
+        rank: int = 0,
     ):
         self.model = model
         self.pool = pool
         self.tables = scheduler.tables
         self.sampler = sampler
-        self._ranks = ranks
+        self._serving, self._rank = tuple(serving), rank
         self._state = patch_state(model)
         self.choices = Choices(self.tables, sampler.vocab_size)
         rows, width = self.tables.block_tables.shape
@@ -132,9 +135,10 @@ class Runner:
             )
 
     def _prepare_capture(self, size: int) -> Callable[[], Tensor]:
-        step = self._on_device(empty_plan(), size)
+        sizes = self._sizes(size)
+        step = self._on_device(empty_plan(), self._own(size))
         self._to_graph(step)
-        self._share([size] * self._ranks, [size] * self._ranks)
+        self._share(sizes, sizes)
 
         def run() -> Tensor:
             logits = self._forward(step)
@@ -149,6 +153,13 @@ class Runner:
         rows, width = group.block_tables.shape
         self._block_tables[:rows, :width].copy_(group.block_tables)
         group.block_tables = self._block_tables[:rows]
+
+    def _sizes(self, size: int) -> list[int]:
+        """Rows of each rank in a graph of ``size`` rows."""
+        return [size if serves else 1 for serves in self._serving]
+
+    def _own(self, size: int) -> int:
+        return self._sizes(size)[self._rank] if self._serving else size
 
     def _share(self, tokens: Sequence[int], selected: Sequence[int]) -> None:
         """Tells the model how many rows each rank brings to its layers and to its head."""
@@ -195,11 +206,11 @@ class Runner:
         elif common is not None:
             self._state.running.mode = "ship"
         if common is not None:
-            tokens, selected = common.padded(graph)
+            tokens, selected = common.padded(None if graph is None else self._sizes(graph))
             self._share(tokens, selected)
         ticket = self.tickets.begin(plan.num_samples)
         with record_function("prepare"):
-            step = self._on_device(plan, size if graph is None else graph, extra)
+            step = self._on_device(plan, size if graph is None else self._own(graph), extra)
             if plan.copies:
                 self.pool.copy_within(step.moves)
         with record_function("run"):

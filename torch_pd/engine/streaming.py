@@ -25,11 +25,11 @@ class Streaming:
     """A rank's ring, and the choice where its group may ship as well.
 
     Args:
-        ring: of this rank.
+        ring: of this rank; None: it has no requests, and so nothing to stream.
         choice: None: every step is streamed, and the ranks need not agree on anything.
     """
 
-    def __init__(self, ring: Ring, choice: Choice | None):
+    def __init__(self, ring: Ring | None, choice: Choice | None):
         self.ring = ring
         self.choice = choice
 
@@ -42,7 +42,8 @@ class Streaming:
 
     def close(self) -> None:
         """Lets go of the ring and of the other ranks' weights."""
-        self.ring.close()
+        if self.ring is not None:
+            self.ring.close()
 
 
 def resolve_mode(config: EngineConfig, world: World, ranks: tuple[int, ...]) -> str:
@@ -90,10 +91,12 @@ def start_streaming(
     layout = weights.layout
     arenas = memory.connect(key, weights.index, weights.size)
     nbytes = None if config.ring_gib is None else int(config.ring_gib * GIB)
-    ring = Ring(layout, weights.index, arenas, weights.dtype, nbytes)
+    ring = None
+    if config.data_ranks is None or world.rank in config.data_ranks:
+        ring = Ring(layout, weights.index, arenas, weights.dtype, nbytes)
     if mode == "stream":
         return Streaming(ring, None)
-    machine = machine_of(ring, world.all_gather)
-    if ring.device.type == "cuda":
+    machine = machine_of(ring, world.device, world.all_gather)
+    if world.device.type == "cuda":
         torch.cuda.empty_cache()  # of what was measured
     return Streaming(ring, Choice(Costs(shape, machine, weights.size)))

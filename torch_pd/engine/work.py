@@ -89,7 +89,9 @@ def _take(
         lengths: prompt lengths of the requests taken last, kept here.
         pending: requests in the engine.
     """
-    config = engine.config
+    if not engine.serves:
+        return
+    config, among = engine.config, sum(engine.serving)
     waiting = engine.scheduler.num_waiting
     # The waiting ones are the newest: the scheduler admits in order.
     recent: Sequence[int] = list(lengths)[-waiting:] if waiting else ()
@@ -97,7 +99,7 @@ def _take(
     while tokens < config.max_num_batched_tokens and (
         pending < config.max_num_seqs or waiting < LOOK_AHEAD
     ):
-        taken = board.take(1)
+        taken = board.take(1, among)
         if not taken:
             return
         request = call.request(taken[0], config.seed)

@@ -79,7 +79,7 @@ class Choice:
         those since the call before."""
         now = time.perf_counter()
         used = self.used[self.way]
-        used.steps += 1
+        used.steps += tokens > 0
         used.tokens += tokens
         used.seconds += now - self._since
         self._since = now

@@ -38,29 +38,33 @@ CPU = Machine(
 
 
 def machine_of(
-    ring: Ring,
+    ring: Ring | None,
+    device: torch.device,
     all_gather: Callable[[Any], Sequence[Any]],
     folder: Path | None = None,
 ) -> Machine:
     """The constants of the GPUs (or the CPU) of a group. Collective.
 
     Args:
-        ring: of this rank, unused so far; it is run through once if nothing is known yet.
+        ring: of this rank, unused so far; it is run through if nothing is known yet. None: this
+            rank streams nothing.
+        device: of this rank.
         all_gather: a value of each rank to every rank.
         folder: where what was measured is kept, a file for each kind of GPU, number of ranks and
             size of matrices. Default: `CACHE`; of the CPU nothing is kept.
     """
-    gpu = ring.device.type == "cuda"
-    name = torch.cuda.get_device_name(ring.device) if gpu else "CPU"
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else "CPU"
     base = Machine() if gpu else CPU
-    ranks = all_gather(name)
-    key = f"{name}-{len(ranks)}-{ring.nbytes}-{ring.pulled_bytes}".replace(" ", "_")
+    rings = all_gather(None if ring is None else (ring.nbytes, ring.pulled_bytes))
+    nbytes, pulled = next(found for found in rings if found is not None)
+    key = f"{name}-{len(rings)}-{nbytes}-{pulled}".replace(" ", "_")
     if folder is None and gpu:
         folder = CACHE.expanduser()
     path = None if folder is None else folder / f"{key}.json"
     values = all_gather(None if path is None else _read(path))[0]
     if values is None:
-        mine = {"link_bandwidth": _link(ring, all_gather), **_gemms(ring.device)}
+        mine = {"link_bandwidth": _link(ring, all_gather), **_gemms(device)}
         every = all_gather(mine)
         # The slowest counts: a step ends with its last rank.
         values = {constant: min(found[constant] for found in every) for constant in mine}
@@ -70,15 +74,18 @@ def machine_of(
     return Machine.from_dict({**vars(base), **values, "name": name})
 
 
-def _link(ring: Ring, all_gather: Callable[[Any], Sequence[Any]]) -> float:
-    """Bytes a second that this rank pulls while all do."""
+def _link(ring: Ring | None, all_gather: Callable[[Any], Sequence[Any]]) -> float:
+    """Bytes a second that this rank pulls while all do; without end if it pulls nothing."""
     seconds = []
     for _ in range(2):
         all_gather(None)  # a common start
         start = time.perf_counter()
-        ring.run_through()
+        if ring is not None:
+            ring.run_through()
         seconds.append(time.perf_counter() - start)
-    return max(1.0, ring.pulled_bytes) / min(seconds)
+    if ring is None or ring.pulled_bytes == 0:
+        return 1e15
+    return ring.pulled_bytes / min(seconds)
 
 
 def _gemms(device: torch.device) -> dict[str, float]:
