@@ -54,7 +54,7 @@ def test_requests_that_wait_keep_all_ranks_going(boards):
 def test_a_rank_without_work_computes_padding():
     step = CommonStep((8, 0, 3), (1, 0, 3), False)
     assert step.padded(None) == ((8, 1, 3), (1, 1, 3))
-    assert step.padded(4) == ((4, 4, 4), (4, 4, 4))
+    assert step.padded([4, 1, 4]) == ((4, 1, 4), (4, 1, 4))
 
 
 def test_many_votes_in_a_row(boards):

@@ -250,8 +250,8 @@ class EngineConfig:
         if idle:
             raise ValueError(
                 f"rank {', '.join(map(str, idle))} would hold neither weights nor KV pages: add it "
-                f"to param_ranks={list(self.param_ranks)} or data_ranks={list(self.data_ranks)}, or "
-                f"start fewer ranks"
+                f"to param_ranks={list(self.param_ranks)} or data_ranks={list(self.data_ranks)}, "
+                "or start fewer ranks"
             )
 
     @property

@@ -207,7 +207,8 @@ def plan_settings(
         name, shape = Path(model).name, read_shape(Path(model), settings.dtype)
     work = Work(num_prompts, input, output)
     budget = int(gpu_memory * GIB * settings.gpu_memory_share)
-    modes = MODES if gpus // settings.weight_replicas > 1 else MODES[:1]
+    shares = gpus // settings.weight_replicas > 1 and shape.layer_params > 0
+    modes = MODES if shares else MODES[:1]
     plans = {mode: _plan_mode(mode, shape, machine, settings, gpus, budget, work) for mode in modes}
     fitting = {mode: p for mode, p in plans.items() if p.run is not None}
     if not fitting:
@@ -230,7 +231,7 @@ def _choose(plans: dict[str, ModePlan], fitting: dict[str, ModePlan]) -> tuple[s
     choice = next(m for m in order if fitting[m].tokens_per_second * _CLOSE >= best)
     speed = fitting[choice].tokens_per_second
     if len(plans) == 1:
-        return choice, "one GPU holds the weights, so there is nothing to share"
+        return choice, "there is one GPU, or the linears are of a kind that is not shared"
     if choice == "replicate":
         others = max(p.tokens_per_second for m, p in fitting.items() if m != "replicate")
         return choice, (
@@ -500,7 +501,7 @@ def shape_of(model: Any, itemsize: int) -> ModelShape:
     return ModelShape(
         num_layers=config.num_hidden_layers,
         hidden=hidden,
-        intermediate=config.intermediate_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
         num_heads=heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or hidden // heads,

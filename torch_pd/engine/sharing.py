@@ -1,8 +1,11 @@
 """A model whose weights are shared by the ranks, ready for an engine."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from torch_pd.board import Board
@@ -10,16 +13,23 @@ from torch_pd.config import EngineConfig
 from torch_pd.dist import START_TIMEOUT_S, World
 from torch_pd.engine.lockstep import Lockstep
 from torch_pd.engine.streaming import Streaming, resolve_mode, start_streaming
+from torch_pd.nn.patch import patch_model
 from torch_pd.nn.pooled import pool_model
 from torch_pd.nn.pooled_model import load_pooled
-from torch_pd.planner import shape_of
+from torch_pd.nn.twin import fused_blocks
+from torch_pd.planner import plan_settings, shape_of
+from torch_pd.sizing import GIB
 from torch_pd.weights.layout import group_of
+from torch_pd.weights.loader import read_config, resolve_dtype, resolve_format
 from torch_pd.weights.peer import PeerMemory
 from torch_pd.weights.ship import Exchange
+from torch_pd.weights.skeleton import build_skeleton
 from torch_pd.weights.source import Resident
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def load_shared(
@@ -82,3 +92,32 @@ def _meet(world: World, replicas: int) -> tuple[dist.ProcessGroup, Board]:
         board = Board(names[ranks[0]], ranks.index(world.rank), width)
     board.wait_for_all(START_TIMEOUT_S)
     return groups[ranks[0] // width], board
+
+
+def follow_plan(model: Any, config: EngineConfig, world: World) -> EngineConfig:
+    """The config with ``weights`` as the planner recommends for these GPUs. Collective.
+
+    On the CPU ranks share one memory, but each has its own copy: nothing is gained from a pool that
+    the plan knows of. A model that cannot be shared is replicated, with a warning that says why.
+
+    Raises:
+        ValueError: the model fits in no way, with the arithmetic.
+    """
+    if world.device.type != "cuda" or world.size == 1 or not isinstance(model, (str, Path)):
+        return config
+    path = Path(model).expanduser()
+    if resolve_format(path, config.load_format) == "gguf":
+        return config
+    total = torch.cuda.get_device_properties(world.device).total_memory
+    smallest = min(world.all_gather(total))
+    plan = plan_settings(path, config, gpus=world.size, gpu_memory=smallest / GIB)
+    if plan.weights == "pooled":
+        try:
+            fused_blocks(
+                patch_model(build_skeleton(read_config(path), resolve_dtype(None, "auto")))
+            )
+        except ValueError as error:
+            logger.warning("every GPU gets all weights: %s", error)
+            return replace(config, weights="resident")
+    logger.info("weights=%r: %s", plan.weights, plan.reason)
+    return replace(config, weights=plan.weights)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch_pd.config import EngineConfig
 from torch_pd.dist import World, connect, free_port_store
 from torch_pd.engine.engine import Engine
-from torch_pd.engine.sharing import load_shared
+from torch_pd.engine.sharing import follow_plan, load_shared
 from torch_pd.engine.work import Call, run
 from torch_pd.launch import Phase, Ranks, readable
 from torch_pd.weights.loader import load_model, load_tokenizer
@@ -48,7 +48,12 @@ def make_engine(
     device: str,
     world: World | None,
 ) -> Engine:
-    """Loads a model and builds the engine on it; collective where there is a world."""
+    """Loads a model and builds the engine on it; collective where there is a world.
+
+    ``weights="auto"`` does on several GPUs what `planner.plan` recommends for them.
+    """
+    if world is not None and config.weights == "auto":
+        config = follow_plan(model, config, world)
     if config.weights == "pooled":
         assert world is not None
         shared, lockstep, streaming = load_shared(model, config, world)

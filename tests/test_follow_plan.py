@@ -1,0 +1,68 @@
+"""weights="auto": what the plan says for the GPUs at hand, which are pretended here."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from torch_pd.config import EngineConfig
+from torch_pd.engine.sharing import follow_plan
+from torch_pd.sizing import GIB
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128,
+    "num_key_value_heads": 8, "vocab_size": 151936, "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}  # fmt: skip
+LARGE = {"hidden_size": 5120, "intermediate_size": 25600, "num_attention_heads": 64}
+SMALL = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}
+
+
+@pytest.fixture
+def world(monkeypatch):
+    def pretend(gib):
+        properties = SimpleNamespace(total_memory=gib * GIB)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return SimpleNamespace(
+            size=4, device=torch.device("cuda", 0), all_gather=lambda value: [value] * 4
+        )
+
+    return pretend
+
+
+def folder(tmp_path, **config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("shape", "layers", "weights"), [(LARGE, 64, "pooled"), (SMALL, 28, "resident")]
+)
+def test_pooled_where_it_pays(tmp_path, world, shape, layers, weights):
+    path = folder(tmp_path, **QWEN3, **shape, num_hidden_layers=layers)
+    config = EngineConfig(load_format="dummy")
+    assert follow_plan(path, config, world(80)).weights == weights
+
+
+def test_what_fits_in_no_way(tmp_path, world):
+    path = folder(tmp_path, **QWEN3, **LARGE, num_hidden_layers=64)
+    with pytest.raises(ValueError, match="does not fit on 4 x 16 GiB"):
+        follow_plan(path, EngineConfig(load_format="dummy"), world(16))
+
+
+def test_a_model_that_cannot_be_shared_is_replicated(tmp_path, world, caplog):
+    path = folder(
+        tmp_path, architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox", hidden_size=8192,
+        intermediate_size=32768, num_hidden_layers=48, num_attention_heads=64, vocab_size=50432,
+    )  # fmt: skip
+    config = follow_plan(path, EngineConfig(load_format="dummy", dtype="bfloat16"), world(120))
+    assert config.weights == "resident"
+    assert "not fused" in caplog.text
+
+
+def test_nothing_to_plan(tmp_path, world):
+    config = EngineConfig()
+    alone = world(80)
+    alone.size = 1
+    assert follow_plan(tmp_path, config, alone) is config
