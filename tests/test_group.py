@@ -1,5 +1,6 @@
 """Several ranks give what one engine gives, and end together: spawned, and under torchrun."""
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -15,7 +16,7 @@ from test_launch import gone
 
 from torch_pd import LLM, SamplingParams
 from torch_pd.board import GroupError
-from torch_pd.engine.group import _compare
+from torch_pd.engine.group import _compare, _Inbox
 from torch_pd.engine.work import LOOK_AHEAD
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -43,7 +44,7 @@ def calls(llm):
     outputs = llm.generate(["One", "Two", "The sea", "A", "Why"], params, use_tqdm=False)
     results.append([(o.prompt, o.outputs[0].text, o.outputs[0].token_ids) for o in outputs])
     assert all(o.outputs[0].logprobs and o.prompt_logprobs for o in outputs)
-    results.append([o.request_id for o in outputs])
+    results.append([(o.request_id, o.prompt_token_ids) for o in outputs])
     return results
 
 
@@ -147,6 +148,23 @@ def test_four_ranks_with_shared_weights_and_a_death_while_shutting_down(tiny, ex
     llm.shutdown()
     timer.join()
     assert gone(pids, within=0)
+
+
+def test_a_rank_never_waits_to_be_read():
+    """In lockstep, rank 0 may wait for the one that sends."""
+    here, there = multiprocessing.Pipe()
+    inbox = _Inbox({1: here})
+    for number in range(3):
+        there.send(bytes(1_000_000) + bytes([number]))
+    assert [(r, m[-1]) for _ in range(3) for r, m in itertools.islice(inbox.take(30), 1)] == [
+        (1, 0),
+        (1, 1),
+        (1, 2),
+    ]
+    assert list(inbox.take(None)) == []
+    there.close()
+    inbox.finish()
+    here.close()
 
 
 def test_settings_that_cannot_work(tiny):

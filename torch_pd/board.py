@@ -12,6 +12,7 @@ ranks. No call waits for another rank's progress but `wait` and `wait_for_all`.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch_pd._runtime as _runtime
@@ -64,14 +65,16 @@ class Board:
         name: "" to create a board, else the `name` of the one that another rank created; it can
             be opened while that rank lives.
         rank, world: who this is of how many (at most 16).
+        names: what errors call the ranks; default: their numbers here.
 
     Raises:
         ValueError: no such rank, the rank is taken, or ``name`` is no board of this size.
         OSError: the board cannot be opened.
     """
 
-    def __init__(self, name: str, rank: int, world: int):
+    def __init__(self, name: str, rank: int, world: int, names: Sequence[int] | None = None):
         self._board = _runtime.Board(name, rank, world)
+        self._names = range(world) if names is None else names
         self.rank, self.world = rank, world
 
     @property
@@ -85,7 +88,7 @@ class Board:
         while (mask := self._board.attached()) != (1 << self.world) - 1:
             self.check()
             if time.monotonic() > end:
-                absent = [str(r) for r in range(self.world) if not mask >> r & 1]
+                absent = [str(self._names[r]) for r in range(self.world) if not mask >> r & 1]
                 raise TimeoutError(
                     f"after {timeout_s:.0f} s rank {', '.join(absent)} has not come to the board"
                 )
@@ -120,9 +123,9 @@ class Board:
         if status == _runtime.BoardStatus.COMMITTED:
             return Commit(*self._committed())
         if status == _runtime.BoardStatus.LOST:
-            raise PeerLost(rank, self._board.pid(rank))
+            raise PeerLost(self._names[rank], self._board.pid(rank))
         if status == _runtime.BoardStatus.FAILED:
-            raise PeerFailed(rank, self._error(rank))
+            raise PeerFailed(self._names[rank], self._error(rank))
         raise TimeoutError(f"no commit within {timeout_s} s")
 
     def _committed(self) -> tuple[int, tuple[int, ...], int]:
@@ -139,10 +142,10 @@ class Board:
         """Raises PeerFailed or PeerLost if another rank failed, or its process is gone."""
         rank = self._board.failed()
         if rank >= 0 and rank != self.rank:
-            raise PeerFailed(rank, self._error(rank))
+            raise PeerFailed(self._names[rank], self._error(rank))
         rank = self._board.missing(False)
         if rank >= 0:
-            raise PeerLost(rank, self._board.pid(rank))
+            raise PeerLost(self._names[rank], self._board.pid(rank))
 
     def guard(self, grace_s: float) -> None:
         """From now on, this process ends ``grace_s`` seconds after another rank died or failed,

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from torch_pd.board import GroupError
@@ -285,10 +286,11 @@ class Ranks:
     def _write(self, alive: list[_Child]) -> None:
         while not self._outgoing.empty():
             rank, message = self._outgoing.get()
+            data = ForkingPickler.dumps(message)  # once for all
             for child in alive:
                 if rank is None or child.rank == rank:
                     try:
-                        child.link.send(message)
+                        child.link.send_bytes(data)
                     except OSError:
                         child.ended = True
 

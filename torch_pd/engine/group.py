@@ -7,12 +7,14 @@ from one queue, so a rank that is done takes more.
 
 import dataclasses
 import os
+import queue
 import secrets
+import threading
 import weakref
 from collections.abc import Iterator
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
 
 import torch
 
@@ -22,7 +24,7 @@ from torch_pd.dist import World, check_gpus, join_torchrun
 from torch_pd.engine.engine import Engine
 from torch_pd.engine.inflight import Request
 from torch_pd.engine.limits import Limits
-from torch_pd.engine.work import Call, run
+from torch_pd.engine.work import Call, pack, run, unpack
 from torch_pd.engine.worker import ABORT, ABORTED, STATS, STOP, Setup, make_engine
 from torch_pd.launch import Ranks, readable
 from torch_pd.request import RequestOutput
@@ -159,6 +161,7 @@ class Spawned:
 
     def run(self, requests: list[Request], stream: bool) -> Iterator[RequestOutput]:
         call = self._numbers.call(requests, stream)
+        known = call.by_id()
         working = set(range(self.config.data_parallel_size))
         try:
             self._ranks.send(call)
@@ -167,7 +170,7 @@ class Spawned:
                 if message == call.number:
                     working.discard(rank)
                 else:
-                    yield from message
+                    yield from unpack(message, known)
         except GroupError:
             self._ended()
             raise
@@ -232,6 +235,7 @@ class Joined:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.size))
             self.engine = make_engine(model, tokenizer, config, device, world)
             self._links = _link_up(world)
+            self._inbox = _Inbox(self._links) if world.rank == 0 else None
         except BaseException as error:
             self._fail(error)
             raise
@@ -267,11 +271,12 @@ class Joined:
             raise
 
     def _lead(self, call: Call) -> Iterator[RequestOutput]:
+        known = call.by_id()
         working = set(self._links)
         finished: list[RequestOutput] = []
         own = run(self._engine, self._world.board, call)
         try:
-            for output in self._all_outputs(call, working, own):
+            for output in self._all_outputs(call, known, working, own):
                 if output.finished:
                     finished.append(output)
                 yield output
@@ -281,7 +286,7 @@ class Joined:
                 self._links[rank].send(ABORT)
             own.close()  # in lockstep it waits for the others to hear of it
             while working:
-                self._receive(call, working, 0.1)
+                self._receive(call, known, working, 0.1)
             self._send_all([])
             raise
         self._send_all(finished)
@@ -291,27 +296,37 @@ class Joined:
             link.send(message)
 
     def _all_outputs(
-        self, call: Call, working: set[int], own: Iterator[list[RequestOutput]]
+        self,
+        call: Call,
+        known: dict[str, Request],
+        working: set[int],
+        own: Iterator[list[RequestOutput]],
     ) -> Iterator[RequestOutput]:
         for some in own:
             yield from some
-            if any(readable(self._links[rank]) for rank in working):
-                yield from self._receive(call, working, 0.0)
+            yield from self._receive(call, known, working, None)
         while working:
-            yield from self._receive(call, working, 0.1)
+            yield from self._receive(call, known, working, 0.1)
 
-    def _receive(self, call: Call, working: set[int], timeout_s: float) -> list[RequestOutput]:
-        """Outputs that other ranks have sent; a rank that is done leaves ``working``."""
+    def _receive(
+        self,
+        call: Call,
+        known: dict[str, Request],
+        working: set[int],
+        timeout_s: float | None,
+    ) -> list[RequestOutput]:
+        """Outputs that other ranks have sent, for the first of which it waits; a rank that is done
+        leaves ``working``."""
+        assert self._inbox is not None
         outputs: list[RequestOutput] = []
-        links = {self._links[rank]: rank for rank in working}
-        for link in wait(list(links), timeout_s):
-            assert isinstance(link, Connection)
-            message = self._read(link, links[link])
-            if message == call.number:
-                working.discard(links[link])
+        for rank, message in self._inbox.take(timeout_s):
+            if message is _GONE:
+                self._lost(rank)
+            elif message == call.number:
+                working.discard(rank)
             else:
-                outputs += message
-        if not outputs:
+                outputs += unpack(message, known)
+        if timeout_s is not None and not outputs:
             self._world.board.check()
         return outputs
 
@@ -321,7 +336,7 @@ class Joined:
         results = None
         for some in own:
             if some:
-                link.send(some)
+                link.send(pack(some))
             if readable(link):
                 message = self._read(link, 0)
                 assert message == ABORT, message
@@ -339,9 +354,11 @@ class Joined:
         try:
             return link.recv()
         except (EOFError, OSError):
-            # Its own words, if it left any, say more.
-            self._world.board.check()
-            raise PeerLost(rank, self._world.board.pid(rank)) from None
+            self._lost(rank)
+
+    def _lost(self, rank: int) -> NoReturn:
+        self._world.board.check()  # its own words, if it left any, say more
+        raise PeerLost(rank, self._world.board.pid(rank))
 
     def _fail(self, error: BaseException) -> None:
         """Tells the others; the guard ends them if they hang."""
@@ -358,10 +375,50 @@ class Joined:
             return
         self.engine.shutdown()
         self.engine = None
+        if self._inbox is not None:
+            self._inbox.finish()  # once the others have closed their ends
         for link in self._links.values():
             link.close()
         self._world.all_gather(None)  # all leave together, or the first would be missed
         self._world.leave()
+
+
+_GONE = object()
+"""In place of a message: the connection has ended."""
+
+
+class _Inbox:
+    """Reads what the other ranks send, so that they never wait for this one to read: in lockstep
+    it may be waiting for them."""
+
+    def __init__(self, links: dict[int, Connection]):
+        self._messages: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._read, args=(links,), daemon=True)
+        self._thread.start()
+
+    def _read(self, links: dict[int, Connection]) -> None:
+        ranks = {link: rank for rank, link in links.items()}
+        while ranks:
+            for link in wait(list(ranks)):
+                assert isinstance(link, Connection)
+                try:
+                    self._messages.put((ranks[link], link.recv()))
+                except (EOFError, OSError):
+                    self._messages.put((ranks.pop(link), _GONE))
+
+    def take(self, timeout_s: float | None) -> Iterator[tuple[int, Any]]:
+        """The (rank, message) that are there; waits for the first one if a timeout is given."""
+        try:
+            if timeout_s is not None:
+                yield self._messages.get(timeout=timeout_s)
+            while True:
+                yield self._messages.get_nowait()
+        except queue.Empty:
+            return
+
+    def finish(self) -> None:
+        """Waits until all connections have ended."""
+        self._thread.join()
 
 
 class _Numbers:

@@ -86,10 +86,10 @@ def _meet(world: World, replicas: int) -> tuple[dist.ProcessGroup, Board]:
         dist.new_group(list(range(first, first + width))) for first in range(0, world.size, width)
     ]
     first = world.rank == ranks[0]
-    board = Board("", 0, width) if first else None
+    board = Board("", 0, width, ranks) if first else None
     names = world.all_gather(board.name if board is not None else None)
     if board is None:
-        board = Board(names[ranks[0]], ranks.index(world.rank), width)
+        board = Board(names[ranks[0]], ranks.index(world.rank), width, ranks)
     board.wait_for_all(START_TIMEOUT_S)
     return groups[ranks[0] // width], board
 

@@ -27,6 +27,10 @@ class Call:
     """Requests of all calls before; decides the seeds."""
     stream: bool
 
+    def by_id(self) -> dict[str, Request]:
+        """The requests by their ids."""
+        return {request.request_id: request for request in self.requests}
+
     def digest(self) -> int:
         """A number that differs if anything differs."""
         data = pickle.dumps((self.requests, self.first, self.stream))
@@ -40,6 +44,22 @@ class Call:
             return request
         seed = derive_seed(engine_seed, self.first + index)
         return dataclasses.replace(request, params=dataclasses.replace(request.params, seed=seed))
+
+
+def pack(outputs: list[RequestOutput]) -> list[RequestOutput]:
+    """The outputs without their prompts: whoever gets them has those already, and a streamed one
+    would carry its prompt at every step. Changes them in place."""
+    for output in outputs:
+        output.prompt, output.prompt_token_ids = None, []
+    return outputs
+
+
+def unpack(outputs: list[RequestOutput], requests: dict[str, Request]) -> list[RequestOutput]:
+    """Undoes `pack`; ``requests`` are the call's by their ids."""
+    for output in outputs:
+        request = requests[output.request_id]
+        output.prompt, output.prompt_token_ids = request.prompt, request.prompt_token_ids
+    return outputs
 
 
 def run(engine: Engine, board: Board, call: Call) -> Generator[list[RequestOutput], None, None]:

@@ -12,7 +12,7 @@ from torch_pd.config import EngineConfig
 from torch_pd.dist import World, connect, free_port_store
 from torch_pd.engine.engine import Engine
 from torch_pd.engine.sharing import follow_plan, load_shared
-from torch_pd.engine.work import Call, run
+from torch_pd.engine.work import Call, pack, run
 from torch_pd.launch import Phase, Ranks, readable
 from torch_pd.weights.loader import load_model, load_tokenizer
 
@@ -106,7 +106,7 @@ def serve(link: Connection, engine: Engine, world: World, call: Call) -> None:
     outputs = run(engine, world.board, call)
     for some in outputs:
         if some:
-            link.send(some)
+            link.send(pack(some))
         if readable(link):
             message = link.recv()
             assert message == ABORT, message
