@@ -78,7 +78,6 @@ def test_wrong_type(field: str, value: object) -> None:
     ("field", "value", "only"),
     [
         ("quantization", "fp8", "(only None is)"),
-        ("kv_cache_dtype", "fp8", "(only 'auto' is)"),
     ],
 )
 def test_not_available_yet(field: str, value: object, only: str) -> None:

@@ -239,7 +239,7 @@ def test_cache_holds_what_was_written(data):
             slots = batch.groups[0].slots
             assert len(set(slots.tolist())) == len(slots)
             assert slots.min() >= 16
-            k, _ = cache.pool.layer(0)
+            k = cache.pool.layer(0).k
             k[slots // 16, slots % 16] = new[:, None, None].expand(-1, 1, 2)
             values = iter(new.tolist())
             expected_positions = []
@@ -270,7 +270,7 @@ def test_cache_holds_what_was_written(data):
         assert cache.lengths == [len(tokens) for tokens in model]
         assert cache.get_seq_length() == len(masks[0])
         assert cache.columns.tolist() == masks
-        k, _ = cache.pool.layer(0)
+        k = cache.pool.layer(0).k
         for row, tokens in enumerate(model):
             assert len(cache.tables[row]) == -(-len(tokens) // 16)
             stored = [k[page, i, 0, 0].item() for page in cache.tables[row] for i in range(16)]

@@ -320,7 +320,8 @@ def test_kv_shape():
     pool = new_pool(model, 4)
     assert pool.page_bytes == shape.page_bytes == pool.pages[0].nbytes
     assert pool.num_pages == 4
-    k, v = pool.layer(2)
+    k, v, *scales = pool.layer(2)
+    assert scales == [None, None]
     assert k.shape == v.shape == (4, 32, 2, 16)
     pool.pages.copy_(torch.arange(pool.pages.numel()).view(pool.pages.shape))
     assert torch.equal(v, pool.pages[:, 2, 1])

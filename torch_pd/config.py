@@ -104,7 +104,6 @@ def _check_bounds(name: str, value: float, bounds: str) -> None:
 
 _AVAILABLE: Mapping[str, tuple] = {
     "quantization": (None,),
-    "kv_cache_dtype": ("auto",),
 }
 """Fields of which only these values are built so far; a row goes when its feature comes."""
 

@@ -305,13 +305,13 @@ def _plan_mode(
 def kv_shape_of(shape: ModelShape, settings: EngineConfig) -> KVShape:
     """The KV pages of a model; float8 pages hold a float32 scale for each token and head."""
     fp8 = settings.kv_cache_dtype == "fp8"
-    head_dim = shape.head_dim + 4 if fp8 else shape.head_dim
     return KVShape(
         shape.num_layers,
         shape.num_kv_heads,
-        head_dim,
+        shape.head_dim,
         1 if fp8 else shape.itemsize,
         settings.block_size,
+        scaled=fp8,
     )
 
 

@@ -14,18 +14,29 @@ class KVShape:
     head_dim: int
     itemsize: int
     block_size: int
+    scaled: bool = False
+    """Every (token, head) of K and of V has a float32 scale behind the data (docs/layouts.md)."""
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of one page: block_size tokens of K and V of all layers."""
+    def data_bytes(self) -> int:
+        """Bytes of the keys and values of one page: block_size tokens of all layers."""
         per_token = self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.itemsize
         return per_token * self.block_size
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page record: keys and values, then the scales."""
+        scales = self.num_layers * 2 * self.block_size * self.num_kv_heads if self.scaled else 0
+        return self.data_bytes + 4 * scales
+
     def describe(self) -> str:
         """The arithmetic of a page, for error messages."""
+        one = f"{self.head_dim} x {self.itemsize}"
+        if self.scaled:
+            one = f"({one} + 4)"
         return (
             f"{self.num_layers} layers x 2 x {self.block_size} tokens x {self.num_kv_heads} KV "
-            f"heads x {self.head_dim} x {self.itemsize} bytes = {self.page_bytes:,} bytes a page"
+            f"heads x {one} bytes = {self.page_bytes:,} bytes a page"
         )
 
 

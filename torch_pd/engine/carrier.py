@@ -50,13 +50,12 @@ class Carrier:
         self.page_bytes = pool.page_bytes
         self.tiers = Tiers(allocator, host_pages, disk_pages)
         self.host = HostPool(host_pages, pool.page_bytes, pool.device)
-        records = pool.pages.view(torch.uint8).view(pool.num_pages, pool.page_bytes)
-        self.migrator: Migrator | None = Migrator(records, self.host)
+        self.migrator: Migrator | None = Migrator(pool.records, self.host)
         self.disk: DiskTier | None = None
         if disk_pages:
             assert config.disk_kv_path is not None
             self.disk = DiskTier(config.disk_kv_path, disk_pages, self.host)
-        places = [[records.data_ptr(), pool.num_pages], [self.host.address, host_pages]]
+        places = [[pool.records.data_ptr(), pool.num_pages], [self.host.address, host_pages]]
         self.places = torch.tensor(places, dtype=torch.int64, device=pool.device)
         """int64 [2, 2], what block table entries of the host resolve to."""
 

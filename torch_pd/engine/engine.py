@@ -129,7 +129,7 @@ class Engine:
     def _set_up(self, model: "PreTrainedModel") -> None:
         config = self.config
         device = device_of(model)
-        shape = kv_shape(model, config.block_size)
+        shape = kv_shape(model, config.block_size, config.kv_cache_dtype)
         if config.kv_cache_gib is not None:
             budget, setting = int(config.kv_cache_gib * GIB), f"kv_cache_gib={config.kv_cache_gib}"
         elif device.type == "cuda":
@@ -163,9 +163,10 @@ class Engine:
         longest = -(-self.max_model_len // config.block_size)
         if host_pages and longest >= num_pages and config.kv_cache_gib is None:
             # Prefill gathers what lies on the host (engine/stage.py).
-            stage = Stage.nbytes(shape.page_bytes, shape.num_layers, longest)
+            plain = kv_shape(model, config.block_size, "auto")
+            stage = Stage.nbytes(plain.page_bytes, plain.num_layers, longest)
             num_pages = max(2, num_pages - -(-stage // shape.page_bytes))
-        self.pool = new_pool(model, num_pages, config.block_size)
+        self.pool = new_pool(model, num_pages, config.block_size, config.kv_cache_dtype)
         self.allocator = PageAllocator(
             num_pages, enable_prefix_caching=config.enable_prefix_caching
         )

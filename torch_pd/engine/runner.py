@@ -118,7 +118,8 @@ class Runner:
         """
         self._places = places
         if self.tables.block_tables.shape[1] >= self.pool.num_pages:
-            self._stage = Stage(self.pool, self.tables.block_tables.shape[1])
+            dtype = patch_state(self.model).call.dtype
+            self._stage = Stage(self.pool, self.tables.block_tables.shape[1], dtype)
 
     # Graphs.
 

@@ -14,15 +14,16 @@ class Stage:
     Args:
         pool: whose layers are gathered.
         max_pages: of a sequence.
+        dtype: of the gathered keys and values; float8 pages are expanded.
     """
 
-    def __init__(self, pool: KVPool, max_pages: int):
+    def __init__(self, pool: KVPool, max_pages: int, dtype: torch.dtype):
         shape = pool.shape
         sizes = (max_pages * shape.block_size, shape.num_kv_heads, shape.head_dim)
         with torch.inference_mode(False):
             self.buffers = (
-                torch.empty(sizes, dtype=pool.dtype, device=pool.device),
-                torch.empty(sizes, dtype=pool.dtype, device=pool.device),
+                torch.empty(sizes, dtype=dtype, device=pool.device),
+                torch.empty(sizes, dtype=dtype, device=pool.device),
             )
         self.table = torch.arange(max_pages, dtype=torch.int32, device=pool.device)[None]
 

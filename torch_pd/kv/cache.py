@@ -1,6 +1,7 @@
 """KVPool, the tensor of KV pages, and PagedCache, Hugging Face's Cache over such pages."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +13,27 @@ from torch_pd.kv.pages import PageAllocator
 from torch_pd.sizing import KVShape
 
 
+class LayerCache(NamedTuple):
+    """What the ops read and write of one layer: views of a pool."""
+
+    k: Tensor
+    """[num_pages, block_size, num_kv_heads, head_dim]."""
+    v: Tensor
+    """As k."""
+    k_scale: Tensor | None
+    """float32 [num_pages, block_size, num_kv_heads] if the pages are float8."""
+    v_scale: Tensor | None
+    """As k_scale."""
+
+
 class KVPool:
     """Pages of the keys and values of one KV group: layers that share one shape.
 
-    ``pages [num_pages, num_layers, 2, block_size, num_kv_heads, head_dim]``; a page holds
-    ``block_size`` tokens of all layers, contiguous, so it moves as one copy. Page 0 is never handed
-    out: block tables are padded with it, and rows of padding read it. The contents of the others
-    start undefined.
+    ``records`` uint8 ``[num_pages, page_bytes]``: a page holds ``block_size`` tokens of all layers,
+    contiguous, so it moves as one copy; behind float8 data lie the scales. ``pages [num_pages,
+    num_layers, 2, block_size, num_kv_heads, head_dim]`` is the data as a view. Page 0 is never
+    handed out: block tables are padded with it, and rows of padding read it. The contents of the
+    others start undefined.
     """
 
     def __init__(
@@ -32,15 +47,27 @@ class KVPool:
         device: torch.device | str,
     ) -> None:
         # A pool made under inference_mode could not be written outside of it later.
+        self.shape = page_shape(num_layers, num_kv_heads, head_dim, dtype, block_size)
         with torch.inference_mode(False):
-            self.pages = torch.empty(
-                (num_pages, num_layers, 2, block_size, num_kv_heads, head_dim),
-                dtype=dtype,
-                device=device,
+            self.records = torch.empty(
+                (num_pages, self.shape.page_bytes), dtype=torch.uint8, device=device
             )
-            self.pages[:1].zero_()
+            self.records[:1].zero_()
+            data = self.records[:, : self.shape.data_bytes].view(dtype)
+            sizes = (num_layers, 2, block_size, num_kv_heads)
+            self.pages = data.unflatten(1, (*sizes, head_dim))
+            scales = None
+            if self.shape.scaled:
+                behind = self.records[:, self.shape.data_bytes :].view(torch.float32)
+                scales = behind.unflatten(1, sizes)
         self._layers = [
-            (self.pages[:, layer, 0], self.pages[:, layer, 1]) for layer in range(num_layers)
+            LayerCache(
+                self.pages[:, layer, 0],
+                self.pages[:, layer, 1],
+                None if scales is None else scales[:, layer, 0],
+                None if scales is None else scales[:, layer, 1],
+            )
+            for layer in range(num_layers)
         ]
 
     @property
@@ -64,24 +91,26 @@ class KVPool:
         return self.pages.device
 
     @property
-    def shape(self) -> KVShape:
-        """Sizes of a page."""
-        _, layers, _, block_size, heads, dim = self.pages.shape
-        return KVShape(layers, heads, dim, self.pages.element_size(), block_size)
-
-    @property
     def page_bytes(self) -> int:
         """Bytes of one page."""
         return self.shape.page_bytes
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Views ``k_cache, v_cache [num_pages, block_size, num_kv_heads, head_dim]`` of a layer."""
+    def layer(self, index: int) -> LayerCache:
+        """The views of a layer."""
         return self._layers[index]
 
     def copy_within(self, moves: Tensor) -> None:
         """Copies whole pages inside the pool: rows (from, to) of ``moves`` int64 [m, 2] on its
         device. No page may be both read and written."""
-        ops.copy_pages(self.pages, self.pages, moves)
+        ops.copy_pages(self.records, self.records, moves)
+
+
+def page_shape(
+    num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, block_size: int
+) -> KVShape:
+    """Sizes of a page of keys and values of this dtype; float8 has scales."""
+    scaled = dtype == torch.float8_e4m3fn
+    return KVShape(num_layers, num_kv_heads, head_dim, dtype.itemsize, block_size, scaled)
 
 
 class PagedCache(Cache):
@@ -217,7 +246,7 @@ class PagedCache(Cache):
                     moved[page] = allocator.allocate(1)[0]
                 table[i] = moved[page]
         moves = torch.tensor(list(moved.items()), dtype=torch.int64, device=self.device)
-        ops.copy_pages(self.pool.pages, pool.pages, moves.reshape(-1, 2))
+        ops.copy_pages(self.pool.records, pool.records, moves.reshape(-1, 2))
         self.pool, self.allocator = pool, allocator
 
     # The parts of Hugging Face's Cache that generate uses.

@@ -21,20 +21,22 @@ def attend(
     Args:
         options: scale, window, soft_cap, sinks of `ops.paged_attention`.
     """
-    k_cache, v_cache = pool.layer(layer)
+    cache = pool.layer(layer)
+    scales: dict[str, Any] = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
     tables = batch.groups[group].block_tables
     lens, starts, staged = batch.seq_lens, batch.query_start, batch.staged
     if staged is None:
         ops.paged_attention(
             q,
-            k_cache,
-            v_cache,
+            cache.k,
+            cache.v,
             tables,
             lens,
             starts,
             out,
             max_query_len=batch.max_query_len,
             places=batch.places,
+            **scales,
             **options,
         )
         return
@@ -42,28 +44,30 @@ def attend(
     if others:
         ops.paged_attention(
             q[:first],
-            k_cache,
-            v_cache,
+            cache.k,
+            cache.v,
             tables[:others],
             lens[:others],
             starts[: others + 1],
             out[:first],
             max_query_len=staged.max_query_len,
             places=batch.places,
+            **scales,
             **options,
         )
     for i, part in enumerate(staged.parts, others):
         pages = -(-part.length // pool.block_size)
         k, v = (x[: pages * pool.block_size] for x in staged.buffers)
         ops.gather_kv(
-            k_cache,
-            v_cache,
+            cache.k,
+            cache.v,
             tables[i : i + 1],
             lens[i : i + 1],
             part.key_start,
             k[: part.length],
             v[: part.length],
             places=batch.places,
+            **scales,
         )
         shape = (pages, pool.block_size, *k.shape[1:])
         ops.paged_attention(

@@ -210,8 +210,8 @@ def attention_forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not q.is_meta:
         batch, pool = slot.running.current()
-        k_cache, v_cache = pool.layer(layer)
-        ops.write_kv(k, v, k_cache, v_cache, batch.groups[group].slots)
+        cache, slots = pool.layer(layer), batch.groups[group].slots
+        ops.write_kv(k, v, cache.k, cache.v, slots, k_scale=cache.k_scale, v_scale=cache.v_scale)
         attend(
             q,
             pool,

@@ -72,15 +72,15 @@ class FusedAttention:
         """
         batch, pool = self.running.current()
         pages = batch.groups[self.group]
-        k_cache, v_cache = pool.layer(self.layer)
+        cache = pool.layer(self.layer)
         q = qkv.new_empty(qkv.shape[0], self.num_heads, self.head_dim)
         cos, sin = rotation if rotation is not None else (None, None)
         q_norm, k_norm = self.q_norm, self.k_norm
         ops.rope_write_kv(
             qkv,
             q,
-            k_cache,
-            v_cache,
+            cache.k,
+            cache.v,
             pages.slots,
             cos=cos,
             sin=sin,
@@ -90,6 +90,8 @@ class FusedAttention:
             norm_offset=0.0 if q_norm is None else q_norm.offset,
             shard_heads=shard_heads,
             blocked=blocked,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
         )
         out = torch.empty_like(q)
         attend(

@@ -161,7 +161,7 @@ def prepare_cache(
 
 def new_cache(state: "PatchState", model: PreTrainedModel) -> PagedCache:
     """An empty cache for the model."""
-    return PagedCache(state.shape(), state.call.dtype, model.device)
+    return PagedCache(state.shape(), state.kv_dtype(), model.device)
 
 
 def _arguments(state: "PatchState", args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _check_cache(state: "PatchState", model: PreTrainedModel, cache: Any) -> Pag
             f"past_key_values is a {type(cache).__name__}; a model patched by torch_pd keeps its "
             "keys and values in pages: leave it out, or pass what an earlier call returned"
         )
-    want = (state.shape(cache.shape.block_size), state.call.dtype, model.device)
+    want = (state.shape(cache.shape.block_size), state.kv_dtype(), model.device)
     if (cache.shape, cache.dtype, cache.device) != want:
         raise ValueError(
             f"past_key_values holds {cache.shape.describe()} in {cache.dtype} on {cache.device}, "

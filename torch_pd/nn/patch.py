@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from torch_pd.config import EngineConfig
 from torch_pd.context import Batch
-from torch_pd.kv.cache import KVPool
+from torch_pd.kv.cache import KVPool, page_shape
 from torch_pd.nn import block, generate, linear
 from torch_pd.nn.attention import AttentionCall, AttentionSlot, Pass
 from torch_pd.nn.probe import (
@@ -52,6 +52,8 @@ class PatchState:
 
     running: Pass
     block_size: int
+    kv_cache_dtype: str
+    """EngineConfig's; as block_size for plain calls, an engine has its own."""
     call: AttentionCall
     """Of the first layer; all agree in heads and widths."""
     num_layers: int
@@ -67,11 +69,16 @@ class PatchState:
         """Whether the forward has logits_to_keep."""
         return "logits_to_keep" in self.signature.parameters
 
-    def shape(self, block_size: int | None = None) -> KVShape:
+    def kv_dtype(self, kv_cache_dtype: str | None = None) -> torch.dtype:
+        """Of the keys and values in the pages."""
+        fp8 = (kv_cache_dtype or self.kv_cache_dtype) == "fp8"
+        return torch.float8_e4m3fn if fp8 else self.call.dtype
+
+    def shape(self, block_size: int | None = None, kv_cache_dtype: str | None = None) -> KVShape:
         """A page of the model's KV cache."""
-        dtype_size = torch.empty((), dtype=self.call.dtype).element_size()
-        call, size = self.call, block_size or self.block_size
-        return KVShape(self.num_layers, call.num_kv_heads, call.head_dim, dtype_size, size)
+        call, dtype = self.call, self.kv_dtype(kv_cache_dtype)
+        size = block_size or self.block_size
+        return page_shape(self.num_layers, call.num_kv_heads, call.head_dim, dtype, size)
 
 
 def patch_model(
@@ -87,7 +94,7 @@ def patch_model(
 
     Args:
         model: on any device; on meta nothing is computed and nothing checked.
-        config: block_size counts here, for ``generate``.
+        config: block_size and kv_cache_dtype count here, for ``generate``.
         group: ranks that share the weights; must be None.
 
     Raises:
@@ -100,13 +107,15 @@ def patch_model(
         raise ValueError(f"group={group!r}: weights shared by several ranks are not supported yet")
     if is_patched(model):
         return model
+    config = config or EngineConfig()
     undo: list[Undo] = [functools.partial(model.train, model.training)]
     model.eval()
     try:
         probe = probe_model(model, undo)
         state = PatchState(
             running=Pass(),
-            block_size=(config or EngineConfig()).block_size,
+            block_size=config.block_size,
+            kv_cache_dtype=config.kv_cache_dtype,
             call=probe.layers[0].call,
             num_layers=len(probe.layers),
             forward=_unbound_forward(model),
@@ -143,17 +152,24 @@ def describe(model: nn.Module) -> list[ModulePath]:
     return list(patch_state(model).paths)
 
 
-def kv_shape(model: nn.Module, block_size: int | None = None) -> KVShape:
-    """Sizes of a KV page of a patched model."""
-    return patch_state(model).shape(block_size)
+def kv_shape(
+    model: nn.Module, block_size: int | None = None, kv_cache_dtype: str | None = None
+) -> KVShape:
+    """Sizes of a KV page of a patched model; None is what it was patched with."""
+    return patch_state(model).shape(block_size, kv_cache_dtype)
 
 
-def new_pool(model: PreTrainedModel, num_pages: int, block_size: int | None = None) -> KVPool:
-    """KV pages for a patched model, on its device and in its dtype."""
+def new_pool(
+    model: PreTrainedModel,
+    num_pages: int,
+    block_size: int | None = None,
+    kv_cache_dtype: str | None = None,
+) -> KVPool:
+    """KV pages for a patched model, on its device; None is what it was patched with."""
     state = patch_state(model)
-    shape = state.shape(block_size)
+    shape = state.shape(block_size, kv_cache_dtype)
     sizes = (shape.num_layers, shape.block_size, shape.num_kv_heads, shape.head_dim)
-    return KVPool(num_pages, *sizes, state.call.dtype, device_of(model))
+    return KVPool(num_pages, *sizes, state.kv_dtype(kv_cache_dtype), device_of(model))
 
 
 @torch.no_grad()
@@ -246,7 +262,7 @@ def _check_logits(model: PreTrainedModel, probe: Probe) -> None:
     assert want is not None
     if not bool(want.isfinite().all()):
         return
-    pool = new_pool(model, 1 + len(LENGTHS), BLOCK_SIZE)
+    pool = new_pool(model, 1 + len(LENGTHS), BLOCK_SIZE, "auto")
     middle = [length // 2 + 1 for length in LENGTHS]
     for starts, ends in (([0] * len(LENGTHS), middle), (middle, LENGTHS)):
         ids, positions = tokens(model, starts, ends)
