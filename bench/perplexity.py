@@ -1,0 +1,66 @@
+"""Perplexity of the texts in tests/data/passages.txt with and without float8 KV pages.
+
+    python bench/perplexity.py [--model FOLDER] [--device cpu|cuda] [--json FILE]
+
+The change is given with its standard error: log-probabilities of single tokens move by far more
+than their mean does.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from torch_pd import LLM, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from smollm2 import prepare
+
+TEXT = Path(__file__).resolve().parent.parent / "tests" / "data" / "passages.txt"
+
+
+def logprobs(folder: Path, dtype: str, kind: str, device: str, text: str) -> torch.Tensor:
+    """Log-probabilities of the text's tokens, the first excepted."""
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    with LLM(folder, dtype=dtype, kv_cache_dtype=kind, device=device, max_num_seqs=1) as llm:
+        (output,) = llm.generate([text], params, use_tqdm=False)
+    found = [next(iter(entry.values())).logprob for entry in output.prompt_logprobs[1:]]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="model folder (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--text", type=Path, default=TEXT)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    args = parser.parse_args()
+    folder, text = args.model or prepare(), args.text.read_text()
+    print(f"{'dtype':10}{'tokens':>7}{'auto':>9}{'fp8':>9}{'change':>9}{'std. error':>12}")
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        plain, fp8 = (logprobs(folder, dtype, kind, args.device, text) for kind in ("auto", "fp8"))
+        moved = plain - fp8
+        row = {
+            "dtype": dtype,
+            "tokens": len(plain),
+            "auto": math.exp(-plain.mean()),
+            "fp8": math.exp(-fp8.mean()),
+            "change": math.exp(moved.mean()) - 1,
+            "standard_error": float(moved.std() / len(moved) ** 0.5),
+        }
+        rows.append(row)
+        print(
+            f"{dtype:10}{row['tokens']:7}{row['auto']:9.3f}{row['fp8']:9.3f}"
+            f"{row['change']:9.2%}{row['standard_error']:12.2%}",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
