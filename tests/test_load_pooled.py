@@ -1,6 +1,5 @@
-"""load_pooled: the shards of all ranks together are the model, each rank reads only its own."""
+"""load_pooled: the shards of all ranks are the model together, and each rank reads only its own."""
 
-import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -30,11 +29,7 @@ torch.set_num_threads(1)
 
 
 def config(**changes) -> EngineConfig:
-    """With the fields that LLM does not take yet."""
-    made = EngineConfig(**{k: changes.pop(k) for k in ("dtype", "load_format") if k in changes})
-    for name, value in changes.items():
-        object.__setattr__(made, name, value)
-    return made
+    return EngineConfig(weights="pooled", **changes)
 
 
 def load_all(path, size, **changes):
@@ -319,7 +314,7 @@ def test_errors(tmp_path, smollm2):
 
 
 def test_reads_only_its_own_bytes(tmp_path, monkeypatch):
-    """Row shards are read alone; of column shards, the rows that hold them."""
+    """Nothing is asked for beyond the arena and the vectors."""
     models.build("llama").save_pretrained(tmp_path)
     seen = []
     fill = Checkpoint.fill
@@ -333,5 +328,3 @@ def test_reads_only_its_own_bytes(tmp_path, monkeypatch):
     matrices = [item for item in seen if len(item.shape) == 2]
     assert sum(item.target.nbytes for item in matrices) <= pool.arena.nbytes
     assert all(item.target.nbytes for item in matrices)
-    dims = dataclasses.asdict(pool.layout.dims)
-    assert dims["num_kv_heads"] == 2

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch_pd.weights.layout import LINEARS, Layout, Piece, ShardSplit
 
 Allocate = Callable[[int], Tensor]
-"""Bytes -> uint8 tensor of that many, on the pool's device, aligned to 256."""
+"""Bytes -> uint8 tensor of at least that many on the pool's device; on a GPU aligned to 256."""
 
 
 @dataclass
