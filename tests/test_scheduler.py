@@ -398,3 +398,31 @@ def test_a_blocked_prompt_is_not_looked_up_at_every_step(monkeypatch):
     assert (len(calls), b.status) == (3, Status.WAITING)
     model.drain()
     model.verify(b)
+
+
+# Steps planned ahead.
+
+
+@pytest.mark.parametrize("prompt_len", [3, 4, 7])
+def test_a_parent_whose_next_step_is_under_way_shares_full_pages_only(prompt_len):
+    model = FakeModel(make(usable=20, caching=True), overlap=True)
+    parent = model.add(range(prompt_len), 4, n=3)
+    model.step()
+    model.step()  # the parent's second token is under way when the first forks
+    full = (prompt_len - 1) // 4
+    assert [child.pages for child in model.children] == [parent.pages[:full]] * 2
+    model.drain()
+    for seq in (parent, *model.children):
+        model.verify(seq)
+
+
+def test_a_token_under_way_is_kept_when_its_sequence_is_preempted():
+    model = FakeModel(make(usable=4), overlap=True)
+    a, b = model.add(range(8), 7), model.add(range(8), 3, salt=1)
+    model.step()
+    plan = model.step()
+    assert (plan.seqs, plan.preempted) == ([a], [b])
+    assert (b.status, len(b.token_ids)) == (Status.WAITING, 9)
+    model.drain()
+    model.verify(a)
+    model.verify(b)

@@ -544,9 +544,9 @@ class Engine:
 
         ``synchronous_steps`` were waited for because a row needed the host (penalties, logprobs,
         prompt_logprobs); ``wasted_rows`` were computed for sequences that had ended;
-        ``graph_steps`` replayed a CUDA graph; ``device_idle_share`` is the share of time that the
-        device waited between two steps. Where weights may be streamed or shipped: steps, tokens and
-        seconds of either.
+        ``graph_steps`` replayed a CUDA graph; ``device_busy`` and ``device_idle`` are the seconds
+        that the device spent in steps and waiting between two of them. Where weights may be
+        streamed or shipped: steps, tokens and seconds of either.
         """
         allocator, scheduler, tickets = self.allocator, self.scheduler, self.runner.tickets
         between = tickets.busy + tickets.idle
@@ -555,6 +555,8 @@ class Engine:
             **self._counts,
             "graph_steps": self.runner.num_replays,
             "step_seconds": self._seconds,
+            "device_busy": tickets.busy,
+            "device_idle": tickets.idle,
             "device_idle_share": tickets.idle / between if between else 0.0,
             "running": scheduler.num_running,
             "waiting": scheduler.num_waiting,
