@@ -186,9 +186,7 @@ def profile(llm: Any, shape: dict[str, Any], load: Load) -> dict[str, Any]:
         "milliseconds": whole / 1e3,
         "idle_share": 1 - union / whole,
         "share": {k: v / whole for k, v in sorted(kinds.items(), key=lambda x: -x[1])},
-        "largest_kernels": {
-            k: v / whole for k, v in sorted(names.items(), key=lambda x: -x[1])[:14]
-        },
+        "largest_kernels": {name: part / whole for name, part in largest},
     }
     print(f"profile of {load}: {whole / 1e3:.0f} ms, no kernel {result['idle_share']:.2%}")
     for kind, share in result["share"].items():
