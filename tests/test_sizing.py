@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch_pd.sizing import (
     GIB,
     KVShape,
+    Ledger,
     cpu_kv_bytes,
     fit_model_len,
-    gpu_kv_bytes,
     most_pages,
     pages_of_budget,
 )
@@ -34,7 +34,49 @@ def test_pages_fill_the_budget(budget):
 def test_default_budgets():
     assert cpu_kv_bytes(100 * GIB) == 4 * GIB
     assert cpu_kv_bytes(5 * GIB) == 2 * GIB
-    assert gpu_kv_bytes(free_bytes=60 * GIB, total_bytes=100 * GIB, share=0.9) == 48 * GIB
+
+
+def ledger(**changes):
+    lines = {"weights": 15 * GIB, "activations": 2 * GIB, "graphs": 0, "other processes": 0}
+    return Ledger(total=80 * GIB, share=0.5, lines={**lines, **changes.pop("lines", {})}, **changes)
+
+
+def test_a_ledger_gives_the_rest_to_the_pages():
+    assert ledger().left == 23 * GIB
+    ledger().check(23 * GIB, QWEN3_32B)
+    table = ledger().table(22 * GIB, "5,632 pages", used=40 * GIB)
+    assert "80.00 GiB x 0.5 = 40.00 GiB" in table
+    assert "15.00 GiB  weights" in table
+    assert "graphs" not in table
+    assert "22.00 GiB  KV pages (5,632 pages)" in table
+    assert "1.00 GiB  not used" in table
+    assert "+1.00 GiB  more than this in use by the driver's count (+2.50% of the budget)" in table
+
+
+@pytest.mark.parametrize(
+    ("given", "setting", "kv_gib", "message"),
+    [
+        ({}, "kv_cache_gib=30", 30, r"= 23.00 GiB for KV pages, but kv_cache_gib=30 need 30.*"),
+        (
+            {},
+            "kv_cache_gib=30",
+            30,
+            "give kv_cache_gib=23, or give gpu_memory_utilization=0.588",
+        ),
+        ({"lines": {"weights": 40 * GIB}}, None, 1 / 128, r"40.00 - activations 2.00 = -2.00 GiB"),
+        ({"lines": {"weights": 90 * GIB}}, None, 1 / 128, "use a larger GPU or a smaller model"),
+        (
+            {"lines": {"other processes": 25 * GIB}, "others": ("python (pid 7)",)},
+            None,
+            1 / 128,
+            r"other processes 25.00 = -2.00 GiB.*utilization=0.526, or end python \(pid 7\)",
+        ),
+        ({"lines": {"activations": 25 * GIB}}, None, 1 / 128, "lower max_num_batched_tokens"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_would(given, setting, kv_gib, message):
+    with pytest.raises(ValueError, match=message):
+        ledger(**given).check(int(kv_gib * GIB), QWEN3_32B, setting)
 
 
 def test_model_len():

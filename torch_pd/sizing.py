@@ -93,11 +93,81 @@ def cpu_kv_bytes(available_bytes: int) -> int:
     return min(4 * GIB, available_bytes * 2 // 5)
 
 
-def gpu_kv_bytes(free_bytes: int, total_bytes: int, share: float) -> int:
-    """What ``gpu_memory_utilization`` leaves for KV pages once the weights are loaded; 2% of the
-    total is kept for activations."""
-    used = total_bytes - free_bytes
-    return int(total_bytes * share) - used - total_bytes // 50
+def staging_bytes(max_tokens: int, rows: int, max_pages: int) -> int:
+    """Bytes of the arrays that the host sends in the largest step."""
+    # 5 arrays of tokens; of rows settings, keys, lengths, starts, moves; block tables.
+    return 40 * max_tokens + (24 + 32 + 8 + 16 + 16) * (rows + 1) + 4 * rows * max_pages + 256
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What the memory of a GPU is for; the KV pages get what the other lines leave of the budget.
+
+    Args:
+        total: bytes of the GPU.
+        share: of them that may be used (gpu_memory_utilization).
+        lines: bytes by purpose, all but the KV pages.
+        others: names of other processes that hold memory.
+    """
+
+    total: int
+    share: float
+    lines: dict[str, int]
+    others: tuple[str, ...] = ()
+
+    @property
+    def budget(self) -> int:
+        """Bytes that may be used in all."""
+        return int(self.total * self.share)
+
+    @property
+    def left(self) -> int:
+        """Bytes for KV pages; may be negative."""
+        return self.budget - sum(self.lines.values())
+
+    def check(self, kv_bytes: int, shape: KVShape, setting: str | None = None) -> None:
+        """Raises ValueError if KV pages of ``kv_bytes`` do not fit; with the arithmetic and what
+        would fit. ``setting``: what asked for so much, None if it is the least that works."""
+        if kv_bytes <= self.left:
+            return
+        lines = " - ".join(f"{name} {size / GIB:.2f}" for name, size in self.lines.items() if size)
+        needed = sum(self.lines.values()) + kv_bytes
+        text = (
+            f"gpu_memory_utilization={self.share:g} of {self.total / GIB:.2f} GiB is a budget of "
+            f"{self.budget / GIB:.2f} GiB - {lines} = {self.left / GIB:.2f} GiB for KV pages, but "
+            f"{setting or 'two pages'} need {kv_bytes / GIB:.4f} GiB ({shape.describe()})"
+        )
+        remedies = []
+        if setting is not None and self.left >= 2 * shape.page_bytes:
+            remedies.append(f"give kv_cache_gib={int(self.left / GIB * 1000) / 1000:g}")
+        if needed <= self.total * 0.99:
+            remedies.append(
+                f"give gpu_memory_utilization={-(-1000 * needed // self.total) / 1000:g}"
+            )
+        if self.others:
+            remedies.append(f"end {', '.join(self.others)}")
+        if self.lines.get("activations", 0) > self.lines.get("weights", 0) / 10:
+            remedies.append("lower max_num_batched_tokens or max_num_seqs")
+        remedies.append("use a larger GPU or a smaller model")
+        raise ValueError(f"{text}; {', or '.join(remedies)}")
+
+    def table(self, kv_bytes: int, kv_text: str, used: int) -> str:
+        """All lines with the pages, and what the driver counts (``used`` bytes) against them."""
+        rows = [*self.lines.items(), (f"KV pages ({kv_text})", kv_bytes)]
+        planned = sum(size for _, size in rows)
+        head = (
+            f"GPU memory: {self.total / GIB:.2f} GiB x {self.share:g} = {self.budget / GIB:.2f} GiB"
+        )
+        body = [f"  {size / GIB:8.2f} GiB  {name}" for name, size in rows if size]
+        rest = self.budget - planned
+        if rest > GIB // 100:
+            body.append(f"  {rest / GIB:8.2f} GiB  not used (no sequence could fill more pages)")
+        residual = used - planned
+        body.append(
+            f"  {residual / GIB:+8.2f} GiB  more than this in use by the driver's count "
+            f"({residual / self.budget:+.2%} of the budget)"
+        )
+        return "\n".join([head, *body])
 
 
 def fit_model_len(

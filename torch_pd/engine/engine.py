@@ -21,6 +21,12 @@ from torch_pd.engine.draw import derive_seed
 from torch_pd.engine.inflight import InFlight, Output, Request
 from torch_pd.engine.limits import Limits
 from torch_pd.engine.lockstep import Lockstep
+from torch_pd.engine.memory import (
+    PROMPT_LOGPROB_TOKENS,
+    driver_bytes,
+    foresee,
+    storage_bytes,
+)
 from torch_pd.engine.runner import NONE, Runner
 from torch_pd.engine.sampler import Sampler, SamplingRow, bad_logits
 from torch_pd.engine.scheduler import Plan, Scheduler
@@ -35,9 +41,9 @@ from torch_pd.nn.patch import device_of, is_patched, kv_shape, new_pool, patch_m
 from torch_pd.request import Logprob, RequestOutput
 from torch_pd.sizing import (
     GIB,
+    Ledger,
     cpu_kv_bytes,
     fit_model_len,
-    gpu_kv_bytes,
     most_pages,
     pages_of_budget,
     tier_pages,
@@ -59,10 +65,6 @@ class UnderWay:
     plan: Plan
     ticket: Ticket
     prompt_rows: list[PromptRows]
-
-
-PROMPT_LOGPROB_TOKENS = 512
-"""Tokens of a step while prompt log-probabilities are wanted: each needs a row of logits."""
 
 
 def resolve_device(config: EngineConfig) -> str:
@@ -130,12 +132,21 @@ class Engine:
         config = self.config
         device = device_of(model)
         shape = kv_shape(model, config.block_size, config.kv_cache_dtype)
+        model_max = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        model_max = int(model_max or 1 << 30)
+        self._ledger: Ledger | None = None
+        if device.type == "cuda":
+            longest = min(model_max, config.max_model_len or model_max)
+            ranks = 0 if self.lockstep is None else self.lockstep.ranks
+            max_pages = -(-longest // config.block_size)
+            self._ledger = foresee(model, config, max_pages, device, ranks)
         if config.kv_cache_gib is not None:
             budget, setting = int(config.kv_cache_gib * GIB), f"kv_cache_gib={config.kv_cache_gib}"
-        elif device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            budget = gpu_kv_bytes(free, total, config.gpu_memory_share)
-            setting = f"gpu_memory_utilization={config.gpu_memory_share}"
+            if self._ledger is not None:
+                self._ledger.check(budget, shape, setting)
+        elif self._ledger is not None:
+            self._ledger.check(2 * shape.page_bytes, shape)
+            budget, setting = self._ledger.left, "the memory ledger"
         else:
             budget, setting = cpu_kv_bytes(available_memory()), "40% of the available memory"
             if self.world is not None:
@@ -143,10 +154,9 @@ class Engine:
         if not self.serves:
             budget, setting = 2 * shape.page_bytes, "a rank without requests"
         num_pages = pages_of_budget(shape, budget, setting)
-        model_max = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         host_pages, disk_pages = self._tier_pages(shape.page_bytes) if self.serves else (0, 0)
         self.max_model_len, remark = fit_model_len(
-            int(model_max or 1 << 30),
+            model_max,
             config.max_model_len,
             num_pages + max(0, host_pages - 1) if self.serves else 1 << 40,
             config.block_size,
@@ -214,6 +224,8 @@ class Engine:
             if self.streaming is not None and self.runner.graphs is not None:
                 assert self.streaming.choice is not None
                 self.streaming.choice.graph_rows = self.runner.graphs.sizes[-1]
+        if self._ledger is not None:
+            logger.info("%s", self.memory_table())
         self._requests: dict[str, InFlight] = {}
         self._num_requests = 0
         self._num_prompt_logprobs = 0
@@ -578,19 +590,21 @@ class Engine:
 
     def memory_line(self) -> str:
         """Weights and KV pages in one line."""
-        weights = sum(
-            storage.nbytes()
-            for storage in {
-                tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
-                for tensor in [*self.model.parameters(), *self.model.buffers()]
-            }.values()
-        )
-        pool = self.pool
         return (
-            f"memory: weights {weights / GIB:.2f} GiB, KV pool "
-            f"{pool.num_pages * pool.page_bytes / GIB:.2f} GiB = {self.allocator.num_usable} pages "
-            f"x {pool.block_size} tokens = {self.allocator.num_usable * pool.block_size:,} tokens"
+            f"memory: weights {storage_bytes(self.model) / GIB:.2f} GiB, KV pool "
+            f"{self.pool.num_pages * self.pool.page_bytes / GIB:.2f} GiB = {self._kv_text()}"
         )
+
+    def memory_table(self) -> str:
+        """On a GPU the whole ledger against the driver's count, else `memory_line`."""
+        if self._ledger is None:
+            return self.memory_line()
+        kv_bytes = self.pool.num_pages * self.pool.page_bytes
+        return self._ledger.table(kv_bytes, self._kv_text(), driver_bytes(self.pool.device))
+
+    def _kv_text(self) -> str:
+        pages, block_size = self.allocator.num_usable, self.pool.block_size
+        return f"{pages} pages x {block_size} tokens = {pages * block_size:,} tokens"
 
     def shutdown(self) -> None:
         """Drops all requests, frees the pages, restores a model that was patched here."""

@@ -7,12 +7,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+LARGEST = 1024
+"""Rows of the largest captured step; the launches of a larger one are nothing beside its work."""
+
+
+def largest_graph(max_num_seqs: int) -> int:
+    """Rows of the largest graph of an engine."""
+    return min(LARGEST, max_num_seqs)
+
 
 def bucket_sizes(most: int) -> list[int]:
     """Rows for which graphs are captured, rising to ``most``: steps of 8, wider where a row more
     costs a smaller share."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32)]
-    sizes += range(512, most, 64)
+    sizes = [1, 2, 4, *range(8, 32, 8), *range(32, 128, 16), *range(128, 256, 32)]
+    sizes += [*range(256, 512, 64), *range(512, most, 128)]
     return [size for size in sizes if size < most] + [most]
 
 

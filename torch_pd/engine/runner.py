@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from torch_pd import ops
 from torch_pd.context import Batch, GroupBatch
 from torch_pd.engine.choices import HOST, PLAIN, Choices
-from torch_pd.engine.graphs import DecodeGraphs, bucket_sizes
+from torch_pd.engine.graphs import DecodeGraphs, bucket_sizes, largest_graph
 from torch_pd.engine.lockstep import CommonStep
 from torch_pd.engine.sampler import SLICE, Sampler, SamplerOutput, SamplingRow
 from torch_pd.engine.scheduler import Plan, Scheduler
@@ -27,12 +27,11 @@ from torch_pd.engine.staging import Staging
 from torch_pd.engine.tickets import Ticket, Tickets
 from torch_pd.kv.cache import KVPool
 from torch_pd.nn.patch import forward_packed, patch_state
+from torch_pd.sizing import staging_bytes
 
 logger = logging.getLogger(__name__)
 
 NONE = np.zeros(0, np.int64)
-LARGEST_GRAPH = 1024
-"""Rows of the largest captured step; one launch more is nothing beside it."""
 
 
 def empty_plan() -> Plan:
@@ -93,8 +92,7 @@ class Runner:
         rows, width = self.tables.block_tables.shape
         device = pool.device
         tokens = max(max_tokens, rows)
-        # 5 arrays of tokens; of rows settings, keys, lengths, starts, moves; block tables.
-        capacity = 40 * tokens + (24 + 32 + 8 + 16 + 16) * (rows + 1) + 4 * rows * width + 256
+        capacity = staging_bytes(tokens, rows, width)
         lead = 2 + rows + rows % 2
         self.staging = Staging(8 * lead, capacity, device)
         self.tokens = self.staging.data[: 8 * (lead + tokens)].view(torch.int64)
@@ -126,7 +124,7 @@ class Runner:
     def capture(self) -> None:
         """Captures the decoding steps. A model that cannot be captured (its forward waits for the
         device) runs eagerly, with a warning that says why."""
-        sizes = bucket_sizes(min(LARGEST_GRAPH, len(self._block_tables)))
+        sizes = bucket_sizes(largest_graph(len(self._block_tables)))
         try:
             self.graphs = DecodeGraphs(sizes, self._prepare_capture)
         except RuntimeError as error:
