@@ -10,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from torch_pd import LLM, SamplingParams
 from torch_pd.engine.inflight import Request
+from torch_pd.engine.lockstep import CommonStep
+from torch_pd.engine.runner import empty_plan
 
 VOCAB = 61
 PAGE = 2 * 2 * 16 * 1 * 8 * 4  # bytes
@@ -77,7 +79,7 @@ def run(llm, seed, count, aborts):
     while todo or engine.has_unfinished:
         while todo and (arrivals.random() < 0.4 or not engine.has_unfinished):
             request = todo.pop(0)
-            engine.check(request)
+            engine.limits.check(request)
             engine.add(request)
         for victim in list(victims):
             if arrivals.random() < 0.1:
@@ -126,27 +128,23 @@ def test_stats_tell_what_was_waited_for_and_wasted(model):
         assert llm.stats()["synchronous_steps"] == 4
 
 
-def test_padded_rows_and_an_empty_plan_change_nothing(model):
-    """Ranks in lockstep run one number of rows, some of them with none of their own."""
-    from torch_pd.engine.runner import empty_plan
-
+def test_an_empty_step_between_others_changes_nothing(model):
+    """Ranks in lockstep run every step of the others, some with no rows of their own."""
+    prompts = [[5, 6, 7], [8]]
+    greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     with make(model, True) as llm:
-        expected = llm.generate([[5, 6, 7], [8]], use_tqdm=False, sampling_params=greedy())
+        expected = llm.generate(prompts, greedy, use_tqdm=False)
     with make(model, True) as llm:
         engine = llm.engine
         launch = engine.runner.launch
+        nothing = CommonStep(tokens=(0,), selected=(0,), decoding=True)
 
-        def padded(plan, **kwargs):
-            decodes = plan.samples.all() and plan.max_query_len == 1
-            assert engine.runner.wait(launch(empty_plan(), rows=3)) == ([], None)
-            return launch(plan, rows=4 if decodes else 0, **kwargs)
+        def with_empty_steps(plan, **kwargs):
+            assert engine.runner.wait(launch(empty_plan(), common=nothing)) == ([], None)
+            return launch(plan, **kwargs)
 
-        engine.runner.launch = padded
-        engine.overlap = False  # the empty steps between would overwrite tokens under way
-        found = llm.generate([[5, 6, 7], [8]], use_tqdm=False, sampling_params=greedy())
+        engine.runner.launch = with_empty_steps
+        engine.overlap = False  # an empty step must not come before the tokens under way are read
+        found = llm.generate(prompts, greedy, use_tqdm=False)
     for a, b in zip(found, expected, strict=True):
         assert a.outputs[0].token_ids == b.outputs[0].token_ids
-
-
-def greedy():
-    return SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
