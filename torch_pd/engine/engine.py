@@ -139,7 +139,16 @@ class Engine:
             longest = min(model_max, config.max_model_len or model_max)
             ranks = 0 if self.lockstep is None else self.lockstep.ranks
             max_pages = -(-longest // config.block_size)
-            self._ledger = foresee(model, config, max_pages, device, ranks)
+            captures = not config.enforce_eager and (self.streaming is None or bool(ranks))
+            self._ledger = foresee(
+                model,
+                config,
+                max_pages,
+                device,
+                graphs=captures,
+                ranks=ranks,
+                streaming=self.streaming,
+            )
         if config.kv_cache_gib is not None:
             budget, setting = int(config.kv_cache_gib * GIB), f"kv_cache_gib={config.kv_cache_gib}"
             if self._ledger is not None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch_pd.config import EngineConfig
 from torch_pd.context import Batch, GroupBatch
 from torch_pd.engine.graphs import bucket_sizes, largest_graph
 from torch_pd.engine.sampler import SLICE, report
+from torch_pd.engine.streaming import Streaming
 from torch_pd.nn.patch import forward_packed, new_pool, patch_state
 from torch_pd.sizing import Ledger, staging_bytes
 
@@ -29,7 +31,10 @@ def foresee(
     config: EngineConfig,
     max_pages: int,
     device: torch.device,
+    *,
+    graphs: bool = True,
     ranks: int = 0,
+    streaming: Streaming | None = None,
 ) -> Ledger:
     """The ledger of the model's GPU: the weights are there, the largest steps were run once.
 
@@ -37,34 +42,47 @@ def foresee(
         model: patched, on a GPU.
         max_pages: of the longest sequence.
         device: the GPU.
-        ranks: that run every step together, and so this; 0: none.
+        graphs: decoding steps will be captured.
+        ranks: that run shipped steps together, and so this; 0: none are shipped.
+        streaming: where steps may be streamed.
     """
     rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
     weights = storage_bytes(model)
     torch.cuda.empty_cache()
     start = torch.cuda.memory_allocated(device)
     most_rows = max(min(rows, tokens), min(PROMPT_LOGPROB_TOKENS, tokens))
-    activations = _peak(device, lambda: _largest_step(model, most_rows, tokens, max_pages, ranks))
-    graphs = 0
-    if not config.enforce_eager:
+    activations = 0
+    for mode in ["ship"] * bool(ranks) + ["stream"] * (streaming is not None) or ["resident"]:
+        patch_state(model).running.mode = mode
+        run = partial(_largest_step, model, most_rows, tokens, max_pages, ranks)
+        activations = max(activations, _peak(device, run))
+    captured = 0
+    if graphs:
         sizes = bucket_sizes(largest_graph(rows))
-        decode = _peak(device, lambda: _largest_step(model, sizes[-1], sizes[-1], max_pages, ranks))
-        graphs = decode + GRAPH_BYTES * len(sizes)
+        patch_state(model).running.mode = "ship" if ranks else "resident"
+        run = partial(_largest_step, model, sizes[-1], sizes[-1], max_pages, ranks)
+        captured = _peak(device, run) + GRAPH_BYTES * len(sizes)
     free, total = torch.cuda.mem_get_info(device)
     others = other_processes(device)
     held = sum(size for _, _, size in others)
-    # What the driver counts beside torch's allocator: context, loaded kernels, libraries.
-    context = max(0, total - free - torch.cuda.memory_reserved(device) - held)
+    shard, ring = (0, 0) if streaming is None else streaming.nbytes
+    # What the driver counts beside torch's allocator and the block that other ranks read: context,
+    # loaded kernels, libraries and their buffers for communication.
+    context = max(0, total - free - torch.cuda.memory_reserved(device) - shard - held)
     return Ledger(
         total=total,
         share=config.gpu_memory_share,
         lines={
             "weights": weights,
-            "other tensors": max(0, start - weights),
+            "shard": shard,
+            "ring": ring,
+            "shard and other tensors" if ranks and not shard else "other tensors": max(
+                0, start - weights - ring
+            ),
             "activations": activations,
-            "graphs": graphs,
+            "graphs": captured,
             "staging": 2 * staging_bytes(max(tokens, rows), rows, max_pages),
-            "context": context,
+            "context and libraries": context,
             "other processes": held,
         },
         others=tuple(f"{name} (pid {pid})" for pid, name, _ in others),
