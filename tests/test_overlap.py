@@ -148,3 +148,14 @@ def test_an_empty_step_between_others_changes_nothing(model):
         found = llm.generate(prompts, greedy, use_tqdm=False)
     for a, b in zip(found, expected, strict=True):
         assert a.outputs[0].token_ids == b.outputs[0].token_ids
+
+
+def test_the_log_says_every_ten_seconds_what_was_done(model, caplog, monkeypatch):
+    monkeypatch.setattr("torch_pd.engine.engine.LOG_SECONDS", 0.0)
+    greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    with make(model, True) as llm, caplog.at_level("INFO", logger="torch_pd"):
+        llm.generate([[5, 6, 7]], greedy, use_tqdm=False)
+    lines = [line for line in caplog.messages if "output tok/s, " in line]
+    assert len(lines) >= 4
+    assert "1 running, 0 waiting, KV" in lines[0]
+    assert "device idle" in lines[0]

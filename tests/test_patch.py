@@ -13,6 +13,7 @@ from torch_pd.config import EngineConfig
 from torch_pd.context import Batch, GroupBatch
 from torch_pd.kv.cache import KVPool
 from torch_pd.nn.attention import window_of
+from torch_pd.nn.block import FusedBlock
 from torch_pd.nn.patch import (
     describe,
     forward_packed,
@@ -22,6 +23,7 @@ from torch_pd.nn.patch import (
     patch_model,
     unpatch_model,
 )
+from torch_pd.nn.probe import batch_of
 
 torch.set_num_threads(1)
 LENGTHS = (33, 1, 20, 9)  # beyond every window of models.py
@@ -422,3 +424,39 @@ def test_window_of():
     ):
         with pytest.raises(ValueError, match="neither causal nor"):
             window_of(other)
+
+
+# Branches handed on from block to block.
+
+
+@pytest.mark.parametrize("name", models.FUSED)
+def test_every_block_hands_its_last_branch_on(name):
+    model = patch_model(models.build(name))
+    blocks = [layer.__dict__["_torch_pd"] for layer in model.get_decoder().layers]
+    assert all(block.hands_on for block in blocks)
+    pool = new_pool(model, 2, 16)
+    ids = torch.arange(3, 12)
+    batch = batch_of([0], [9], pool.device)
+    found = forward_packed(model, pool, batch, ids, torch.arange(9), None)
+    plain = model(ids[None]).logits[0]  # completes every output
+    assert (found - plain).abs().max() < 1e-5 * plain.abs().max()
+    assert not blocks[0].flow.on
+
+
+def test_a_model_that_acts_between_its_layers_gets_complete_outputs():
+    model = models.build("llama")
+
+    class Doubling(torch.nn.ModuleList):
+        def __getitem__(self, index):
+            layers = super().__getitem__(index)
+            return [x for layer in layers for x in (layer, lambda h, **_: h * 1.0)]
+
+    want = models.build("llama")(torch.arange(3, 12)[None]).logits
+    model.model.layers.__class__ = Doubling
+    patch_model(model)
+    blocks = [module.__dict__.get("_torch_pd") for module in model.modules()]
+    blocks = [block for block in blocks if isinstance(block, FusedBlock)]
+    assert len(blocks) == 3
+    assert not any(block.hands_on for block in blocks)
+    got = model(torch.arange(3, 12)[None]).logits
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()

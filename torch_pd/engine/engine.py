@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOG_SECONDS = 10.0
+"""Between two lines of the log while requests run."""
+
 PromptRows = tuple[InFlight, int, int, int]
 """A request, its first row among a plan's tokens, the position of that one, and how many rows."""
 
@@ -251,6 +254,8 @@ class Engine:
             0,
         )
         self._seconds = 0.0
+        self._logged = time.perf_counter()
+        self._logged_stats = self.stats()
         self._decoded: dict[int, str] = {}
 
     def _tier_pages(self, page_bytes: int) -> tuple[int, int]:
@@ -366,7 +371,10 @@ class Engine:
         except BaseException:
             self._drop_all()
             raise
-        self._seconds += time.perf_counter() - start
+        now = time.perf_counter()
+        self._seconds += now - start
+        if now - self._logged >= LOG_SECONDS:
+            self._log(now)
         outputs = []
         for running in grown:
             finished = running.unfinished == 0
@@ -596,6 +604,27 @@ class Engine:
         swapper = self.scheduler.swapper
         assert swapper is not None
         return {**self.carrier.stats(), "swapped_sequences": swapper.num_swapped}
+
+    def _log(self, now: float) -> None:
+        """One line on what was done since the last one."""
+        stats, before, seconds = self.stats(), self._logged_stats, now - self._logged
+        self._logged, self._logged_stats = now, stats
+        change = {
+            name: stats[name] - before[name]
+            for name in ("prompt_tokens", "output_tokens", "preemptions")
+        }
+        busy, idle = (stats[name] - before[name] for name in ("device_busy", "device_idle"))
+        logger.info(
+            "%.0f prompt tok/s, %.0f output tok/s, %d running, %d waiting, KV %.1f%% used, %d "
+            "preemptions, device idle %.1f%%",
+            change["prompt_tokens"] / seconds,
+            change["output_tokens"] / seconds,
+            stats["running"],
+            stats["waiting"],
+            100 * stats["kv_pages_used"] / stats["kv_pages"],
+            change["preemptions"],
+            100 * idle / (busy + idle) if busy + idle else 0.0,
+        )
 
     def memory_line(self) -> str:
         """Weights and KV pages in one line."""

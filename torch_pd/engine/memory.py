@@ -49,19 +49,24 @@ def foresee(
     rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
     weights = storage_bytes(model)
     torch.cuda.empty_cache()
-    start = torch.cuda.memory_allocated(device)
+    start = torch.cuda.memory_reserved(device)
+    running = patch_state(model).running
+    usual = running.mode
     most_rows = max(min(rows, tokens), min(PROMPT_LOGPROB_TOKENS, tokens))
     activations = 0
     for mode in ["ship"] * bool(ranks) + ["stream"] * (streaming is not None) or ["resident"]:
-        patch_state(model).running.mode = mode
-        run = partial(_largest_step, model, most_rows, tokens, max_pages, ranks)
-        activations = max(activations, _peak(device, run))
+        running.mode = mode
+        reserved = torch.cuda.memory_reserved(device)
+        _peak(device, partial(_largest_step, model, most_rows, tokens, max_pages, ranks))
+        # With what the allocator rounds up to; it keeps that.
+        activations += torch.cuda.memory_reserved(device) - reserved
     captured = 0
     if graphs:
         sizes = bucket_sizes(largest_graph(rows))
-        patch_state(model).running.mode = "ship" if ranks else "resident"
+        running.mode = "ship" if ranks else "resident"
         run = partial(_largest_step, model, sizes[-1], sizes[-1], max_pages, ranks)
         captured = _peak(device, run) + GRAPH_BYTES * len(sizes)
+    running.mode = usual
     free, total = torch.cuda.mem_get_info(device)
     others = other_processes(device)
     held = sum(size for _, _, size in others)

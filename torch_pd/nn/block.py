@@ -1,7 +1,7 @@
 """FusedBlock: a whole decoder layer over packed tokens in a handful of the library's ops."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,10 +31,45 @@ class Norm:
         assert weight is not None
         return weight
 
-    def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``out = norm(x)``; with a residual, ``residual += x`` and ``out = norm(residual)``."""
-        ops.rms_norm(x, self.weight, out, self.eps, residual=residual, offset=self.offset)
+    def __call__(
+        self, x: Tensor, out: Tensor, residual: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """``out = norm(x)``; with a residual, ``residual += scale * x`` and the norm of that."""
+        ops.rms_norm(
+            x, self.weight, out, self.eps, residual=residual, scale=scale, offset=self.offset
+        )
         return out
+
+
+@dataclass
+class Flow:
+    """What the fused blocks of a model hand on beside their output in a pass of the engine.
+
+    The last branch of a block is left out of its output; the norm that comes next adds it in the
+    same pass over memory.
+    """
+
+    on: bool = False
+    branch: Tensor | None = None
+    scale: float = 1.0
+    address: int = 0
+    """Of the output that lacks the branch."""
+
+    def give(self, hidden: Tensor, branch: Tensor, scale: float) -> Tensor:
+        """Returns ``hidden``, which lacks ``scale * branch`` from here on."""
+        self.branch, self.scale, self.address = branch, scale, hidden.data_ptr()
+        return hidden
+
+    def take(self, hidden: Tensor) -> Tensor | None:
+        """The branch that ``hidden`` lacks, None if it is complete.
+
+        Raises:
+            RuntimeError: another tensor than the one that lacks it has come.
+        """
+        branch, self.branch = self.branch, None
+        if branch is not None and hidden.data_ptr() != self.address:
+            raise RuntimeError("the model changes hidden states between its layers")
+        return branch
 
 
 @dataclass
@@ -159,25 +194,42 @@ class FusedBlock:
     multiplier: float
     """Of both branches before they are added (Granite)."""
 
+    flow: Flow = field(default_factory=Flow)
+    hands_on: bool = False
+    """Whoever gets the output takes a branch from ``flow``."""
+
     def __call__(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """``hidden [T, C]`` is left as it is: others may hold it. Returns a new ``[T, C]``."""
+        """``hidden [T, C]`` is left as it is, unless it lacks a branch: others may hold it. Returns
+        another ``[T, C]``, complete or (`hands_on`, in a pass of the engine) without a branch."""
+        branch = self.flow.take(hidden)
+        lacking = branch is not None
         x = hidden
-        if self.pre_attention is not None:
+        if branch is not None:
+            if self.pre_attention is not None:
+                out = torch.empty_like(x)
+                x = self.pre_attention(branch, out, residual=hidden, scale=self.flow.scale)
+            else:
+                x = hidden.add_(branch, alpha=self.flow.scale)
+        elif self.pre_attention is not None:
             x = self.pre_attention(x, torch.empty_like(x))
         branch = self.attention(x, rotation)
         if self.post_attention is not None:
             self.post_attention(branch, branch)
-        if self.multiplier != 1.0:
-            branch.mul_(self.multiplier)
-        # The branch, a fresh tensor, plays the residual: hidden is added to it in place.
+        # A fresh branch plays the residual, and hidden is added to it in place.
+        update, residual, scale = branch, hidden, self.multiplier
+        if not lacking:
+            if scale != 1.0:
+                branch.mul_(scale)
+            update, residual, scale = hidden, branch, 1.0
         if self.pre_mlp is not None:
-            x = self.pre_mlp(hidden, torch.empty_like(hidden), residual=branch)
+            x = self.pre_mlp(update, torch.empty_like(update), residual=residual, scale=scale)
         else:
-            x = branch.add_(hidden)
-        residual = branch
+            x = residual.add_(update, alpha=scale)
         branch = self.mlp(x)
         if self.post_mlp is not None:
             branch = self.post_mlp(branch, torch.empty_like(branch))
+        if self.hands_on and self.flow.on:
+            return self.flow.give(residual, branch, self.multiplier)
         return torch.add(residual, branch, alpha=self.multiplier)
 
     def merged(self) -> list[MergedLinear]:
@@ -205,6 +257,29 @@ def forward(
         cos, sin = position_embeddings
         rotation = cos[0], sin[0]
     return block(hidden_states[0], rotation).unsqueeze(0)
+
+
+@dataclass
+class LastNorm:
+    """The norm behind the last fused block."""
+
+    norm: Norm
+    flow: Flow
+    forward: Callable[..., Tensor]
+    """The module's own, bound."""
+
+
+def norm_forward(module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    """Stands in for the forward of the last norm. ``hidden_states [1, T, C]``."""
+    last: LastNorm = module.__dict__["_torch_pd"]
+    if not last.flow.on:
+        return last.forward(hidden_states, *args, **kwargs)
+    hidden = hidden_states[0]
+    branch = last.flow.take(hidden)
+    out = torch.empty_like(hidden)
+    if branch is None:
+        return last.norm(hidden, out).unsqueeze(0)
+    return last.norm(branch, out, residual=hidden, scale=last.flow.scale).unsqueeze(0)
 
 
 def apply(layer: nn.Module, fn: Callable, recurse: bool = True) -> nn.Module:

@@ -29,7 +29,7 @@ from torch_pd.nn.probe import (
     refuse,
     tokens,
 )
-from torch_pd.nn.recognise import NotRecognised, recognise
+from torch_pd.nn.recognise import NotRecognised, recognise, recognise_norm
 from torch_pd.sizing import KVShape
 
 
@@ -61,6 +61,7 @@ class PatchState:
     """Hugging Face's own forward of the model, unbound."""
     signature: inspect.Signature
     """Of that forward, without self."""
+    flow: block.Flow = field(default_factory=block.Flow)
     paths: list[ModulePath] = field(default_factory=list)
     undo: list[Undo] = field(default_factory=list)
 
@@ -123,9 +124,16 @@ def patch_model(
             undo=undo,
         )
         _patch_layers(model, state, probe)
+        _let_flow(model, state, probe)
         _patch_rest(model, state)
         if probe.logits is not None:
-            _check_logits(model, probe)
+            try:
+                _check_logits(model, probe)
+            except (ValueError, RuntimeError):
+                # Perhaps the model does something between its layers: each completes its output.
+                if not _complete_outputs(state, model):
+                    raise
+                _check_logits(model, probe)
     except BaseException:
         _undo(undo)
         raise
@@ -193,7 +201,12 @@ def forward_packed(
     """
     state = patch_state(model)
     assert input_ids.shape[0] == positions.shape[0] == batch.num_tokens
-    output = generate.run(state, model, pool, batch, positions, select, input_ids=input_ids[None])
+    ids = input_ids[None]
+    state.flow.on = True
+    try:
+        output = generate.run(state, model, pool, batch, positions, select, input_ids=ids)
+    finally:
+        state.flow.on, state.flow.branch = False, None
     return output.logits[0]
 
 
@@ -250,6 +263,50 @@ def _patch_layers(model: PreTrainedModel, state: PatchState, probe: Probe) -> No
             names = {id(module): name for name, module in layer.named_modules()}
             name = f"{found.layer_name}.{names[id(fused.mlp.module)]}"
             paths.append(ModulePath(name, "huggingface", fused.mlp.reason))
+
+
+def _let_flow(model: PreTrainedModel, state: PatchState, probe: Probe) -> None:
+    """Lets fused blocks hand their last branch on where a fused block or a known norm follows."""
+    blocks = [
+        found.layer.__dict__.get("_torch_pd") if found.layer is not None else None
+        for found in probe.layers
+    ]
+    for here, following in zip(blocks, [*blocks[1:], None], strict=True):
+        if isinstance(here, block.FusedBlock):
+            here.flow = state.flow
+            here.hands_on = isinstance(following, block.FusedBlock)
+    last = blocks[-1]
+    if not isinstance(last, block.FusedBlock):
+        return
+    # The one norm beside the list of layers, such as model.norm beside model.layers.
+    parent = model.get_submodule(probe.layers[-1].layer_name.rpartition(".")[0].rpartition(".")[0])
+    width = model.get_input_embeddings().get_parameter("weight").shape[1]
+    norms = [
+        (name, module)
+        for name, module in parent.named_children()
+        if [tuple(parameter.shape) for parameter in module.parameters()] == [(width,)]
+    ]
+    if len(norms) != 1:
+        return
+    (name, module) = norms[0]
+    try:
+        norm = recognise_norm(name, module)
+    except NotRecognised:
+        return
+    put(state.undo, module, "_torch_pd", block.LastNorm(norm, state.flow, module.forward))
+    put(state.undo, module, "forward", _bind(block.norm_forward, module))
+    last.hands_on = True
+    (path,) = [path for path, other in model.named_modules() if other is module]
+    state.paths.append(ModulePath(path, "fused", ""))
+
+
+def _complete_outputs(state: PatchState, model: nn.Module) -> bool:
+    """Undoes `_let_flow` but for the last norm; False if there was nothing to undo."""
+    found = [module.__dict__.get("_torch_pd") for module in model.modules()]
+    flowing = [fused for fused in found if isinstance(fused, block.FusedBlock) and fused.hands_on]
+    for fused in flowing:
+        fused.hands_on = False
+    return bool(flowing)
 
 
 def _check_logits(model: PreTrainedModel, probe: Probe) -> None:

@@ -73,7 +73,7 @@ def recognise(layer: nn.Module, call: AttentionCall, index: int, running: Pass) 
         raise NotRecognised(f"one MLP expected, found {', '.join(sorted(others)) or 'none'}")
     slots: list[Norm | None] = [None] * 4
     for name, place in zip(sorted(norms), places, strict=True):
-        slots[place] = _recognise_norm(name, norms[name])
+        slots[place] = recognise_norm(name, norms[name])
     (mlp_module,) = others.values()
     build_attention = _recognise_attention(call, index, running)
     build_mlp = _recognise_mlp(mlp_module)
@@ -136,7 +136,7 @@ def _recognise_attention(
     q_norm = k_norm = None
     if "q_norm" in module._modules or "k_norm" in module._modules:
         q_norm, k_norm = (
-            _recognise_norm(name, module._modules.get(name)) for name in ("q_norm", "k_norm")
+            recognise_norm(name, module._modules.get(name)) for name in ("q_norm", "k_norm")
         )
         if (q_norm.eps, q_norm.offset) != (k_norm.eps, k_norm.offset):
             raise NotRecognised("q_norm and k_norm differ in more than their weights")
@@ -197,7 +197,7 @@ def _activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
     return None
 
 
-def _recognise_norm(name: str, module: nn.Module | None) -> Norm:
+def recognise_norm(name: str, module: nn.Module | None) -> Norm:
     """Runs a copy of the norm with random weights to see what it computes."""
     if module is None:
         raise NotRecognised(f"{name} is missing")
