@@ -306,6 +306,8 @@ class Engine:
             seed = derive_seed(self.config.seed, self._num_requests)
         self._num_requests += 1
         running = InFlight(request, seed, stream)
+        if not self._requests:
+            self._logged, self._logged_stats = time.perf_counter(), self.stats()
         limit = self.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, len(ids) + params.max_tokens)
