@@ -403,6 +403,15 @@ def test_bad_models(tiny, tmp_path):
         LLM(7)
 
 
+def test_weights_beyond_the_budget_are_refused_before_they_are_read(tiny):
+    from torch_pd.weights.loader import load_model
+
+    options = {"dtype": "auto", "load_format": "auto", "device": "cpu", "seed": 0}
+    with pytest.raises(ValueError, match=r"take 0.01 GiB, but .* 0.00 GiB: use a larger GPU"):
+        load_model(tiny, budget=1000, **options)
+    load_model(tiny, budget=1 << 30, **options)
+
+
 def test_missing_and_misshapen_tensors_are_named(tiny, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -42,22 +42,22 @@ class DecodeGraphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         gc.collect()
         # Largest first: the smaller ones find room in the memory of the larger.
-        for size in reversed(self.sizes):
-            run = prepare(size)
-            run()  # chooses algorithms and loads kernels
-            stream.wait_stream(torch.cuda.current_stream())
-            torch.cuda.current_stream().synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
+            for size in reversed(self.sizes):
+                run = prepare(size)
+                run()  # chooses algorithms and loads kernels
+                stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
                 # Other threads, such as a watchdog of collectives, may call CUDA meanwhile.
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     out = run()
                 finally:
                     graph.capture_end()
-            self._graphs[size] = graph, _unowned(out)
+                self._graphs[size] = graph, out
         torch.cuda.current_stream().wait_stream(stream)
 
     def size_for(self, rows: int) -> int | None:
@@ -71,24 +71,3 @@ class DecodeGraphs:
         graph, out = self._graphs[size]
         graph.replay()
         return out
-
-
-class _Memory:
-    """Some bytes of a GPU for torch.as_tensor."""
-
-    def __init__(self, tensor: Tensor):
-        self.__cuda_array_interface__ = {
-            "shape": (tensor.nbytes,),
-            "typestr": "|u1",
-            "data": (tensor.data_ptr(), False),
-            "strides": None,
-            "version": 3,
-        }
-
-
-def _unowned(tensor: Tensor) -> Tensor:
-    """The same memory without holding it, so that graphs captured later may use it too. It stays
-    mapped as long as the graphs' pool."""
-    assert tensor.is_contiguous()
-    flat = torch.as_tensor(_Memory(tensor), device=tensor.device)
-    return flat.view(tensor.dtype).view(tensor.shape)

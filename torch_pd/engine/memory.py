@@ -1,8 +1,6 @@
 """Memory of a GPU: what the engine will need, line by line, before the KV pages are allocated."""
 
 import os
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +11,7 @@ from torch_pd.config import EngineConfig
 from torch_pd.context import Batch, GroupBatch
 from torch_pd.engine.graphs import bucket_sizes, largest_graph
 from torch_pd.engine.sampler import SLICE, report
-from torch_pd.engine.streaming import Streaming
-from torch_pd.nn.patch import forward_packed, new_pool, patch_state
+from torch_pd.nn.patch import forward_packed, new_pool
 from torch_pd.sizing import Ledger, staging_bytes
 
 if TYPE_CHECKING:
@@ -27,67 +24,48 @@ GRAPH_BYTES = 1 << 20
 
 
 def foresee(
-    model: "PreTrainedModel",
-    config: EngineConfig,
-    max_pages: int,
-    device: torch.device,
-    *,
-    graphs: bool = True,
-    ranks: int = 0,
-    streaming: Streaming | None = None,
+    model: "PreTrainedModel", config: EngineConfig, max_pages: int, device: torch.device
 ) -> Ledger:
-    """The ledger of the model's GPU: the weights are there, the largest steps were run once.
+    """The ledger of the model's GPU: the weights are there, the largest steps are run once.
 
     Args:
         model: patched, on a GPU.
         max_pages: of the longest sequence.
         device: the GPU.
-        graphs: decoding steps will be captured.
-        ranks: that run shipped steps together, and so this; 0: none are shipped.
-        streaming: where steps may be streamed.
     """
     rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
     weights = storage_bytes(model)
     torch.cuda.empty_cache()
     start = torch.cuda.memory_reserved(device)
-    running = patch_state(model).running
-    usual = running.mode
     most_rows = max(min(rows, tokens), min(PROMPT_LOGPROB_TOKENS, tokens))
-    activations = 0
-    for mode in ["ship"] * bool(ranks) + ["stream"] * (streaming is not None) or ["resident"]:
-        running.mode = mode
-        reserved = torch.cuda.memory_reserved(device)
-        _peak(device, partial(_largest_step, model, most_rows, tokens, max_pages, ranks))
-        # With what the allocator rounds up to; it keeps that.
-        activations += torch.cuda.memory_reserved(device) - reserved
-    captured = 0
-    if graphs:
+    _largest_step(model, most_rows, tokens, max_pages)
+    # With what the allocator rounds up to; it keeps that.
+    activations = torch.cuda.memory_reserved(device) - start
+    graphs = 0
+    if not config.enforce_eager:
         sizes = bucket_sizes(largest_graph(rows))
-        running.mode = "ship" if ranks else "resident"
-        run = partial(_largest_step, model, sizes[-1], sizes[-1], max_pages, ranks)
-        captured = _peak(device, run) + GRAPH_BYTES * len(sizes)
-    running.mode = usual
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        logits_row = _largest_step(model, sizes[-1], sizes[-1], max_pages)
+        peak = torch.cuda.max_memory_allocated(device) - before
+        # The captured passes and those that went before them have memory of their own; every graph
+        # keeps its logits.
+        graphs = 2 * peak + sum(sizes[:-1]) * logits_row + GRAPH_BYTES * len(sizes)
     free, total = torch.cuda.mem_get_info(device)
     others = other_processes(device)
     held = sum(size for _, _, size in others)
-    shard, ring = (0, 0) if streaming is None else streaming.nbytes
-    # What the driver counts beside torch's allocator and the block that other ranks read: context,
-    # loaded kernels, libraries and their buffers for communication.
-    context = max(0, total - free - torch.cuda.memory_reserved(device) - shard - held)
+    # What the driver counts beside torch's allocator: context, loaded kernels, libraries.
+    context = max(0, total - free - torch.cuda.memory_reserved(device) - held)
     return Ledger(
         total=total,
         share=config.gpu_memory_share,
         lines={
             "weights": weights,
-            "shard": shard,
-            "ring": ring,
-            "shard and other tensors" if ranks and not shard else "other tensors": max(
-                0, start - weights - ring
-            ),
+            "other tensors": max(0, start - weights),
             "activations": activations,
-            "graphs": captured,
+            "graphs": graphs,
             "staging": 2 * staging_bytes(max(tokens, rows), rows, max_pages),
-            "context and libraries": context,
+            "context": context,
             "other processes": held,
         },
         others=tuple(f"{name} (pid {pid})" for pid, name, _ in others),
@@ -101,23 +79,12 @@ def storage_bytes(model: torch.nn.Module) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def _peak(device: torch.device, run: Callable[[], None]) -> int:
-    """The most bytes allocated while ``run`` runs, beyond those before."""
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
 @torch.no_grad()
-def _largest_step(
-    model: "PreTrainedModel", rows: int, tokens: int, max_pages: int, ranks: int
-) -> None:
+def _largest_step(model: "PreTrainedModel", rows: int, tokens: int, max_pages: int) -> int:
     """``tokens`` tokens of ``rows`` sequences (one long, the others of one token), all of whose
     logits are looked at; reads page 0 alone and writes nothing. A step that does not only decode
-    also does what the host's way of choosing needs for one slice of rows.
+    also does what the host's way of choosing needs for one slice of rows. Returns the bytes of one
+    row of logits.
     """
     pool = new_pool(model, 2)
     device = pool.device
@@ -147,9 +114,6 @@ def _largest_step(
     )
     ids = torch.zeros(num, dtype=torch.int64, device=device)
     select = None if num == rows else (starts[1:] - 1).to(device)
-    state = patch_state(model)
-    state.running.rows = [num] * ranks
-    state.running.head_rows = [rows if state.takes_select else num] * ranks
     logits: Tensor = forward_packed(model, pool, batch, ids, ids, select)
     ops.sample(logits, torch.empty(rows, dtype=torch.int64, device=device))
     if select is not None:
@@ -157,6 +121,7 @@ def _largest_step(
         report(part.clone(), [0] * len(part), [0] * len(part))
         part.sort(dim=1, descending=True, stable=True)
     ops.device_errors(device)  # clears it: the logits of page 0 may be anything
+    return logits[0].nbytes
 
 
 def other_processes(device: torch.device) -> list[tuple[int, str, int]]:

@@ -40,11 +40,6 @@ class Streaming:
         assert common is not None
         return self.choice.decide(common.tokens, common.selected, common.decoding) == "stream"
 
-    @property
-    def nbytes(self) -> tuple[int, int]:
-        """Bytes of this rank's shard, which the others read, and of its ring."""
-        return self.ring.shard_bytes, self.ring.plan.nbytes
-
     def close(self) -> None:
         """Lets go of the ring and of the other ranks' weights."""
         if self.ring is not None:

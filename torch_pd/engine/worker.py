@@ -58,8 +58,13 @@ def make_engine(
         assert world is not None
         shared, lockstep, streaming = load_shared(model, config, world)
         return Engine(shared, tokenizer, config, world, lockstep, streaming)
+    budget = None
+    if torch.device(device).type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        budget = int(total * config.gpu_memory_share)
     loaded = load_model(
         model,
+        budget=budget,
         dtype=config.dtype,
         load_format=config.load_format,
         device=device,

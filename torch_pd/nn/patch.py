@@ -266,7 +266,12 @@ def _patch_layers(model: PreTrainedModel, state: PatchState, probe: Probe) -> No
 
 
 def _let_flow(model: PreTrainedModel, state: PatchState, probe: Probe) -> None:
-    """Lets fused blocks hand their last branch on where a fused block or a known norm follows."""
+    """Lets fused blocks hand their last branch on where a fused block or a known norm follows.
+
+    On the CPU alone: on a GPU this has not been run yet.
+    """
+    if device_of(model).type == "cuda":
+        return
     blocks = [
         found.layer.__dict__.get("_torch_pd") if found.layer is not None else None
         for found in probe.layers

@@ -163,17 +163,26 @@ def _refuse_wrong(
 
 
 def load_model(
-    model: "str | Path | PreTrainedModel", *, dtype: str, load_format: str, device: str, seed: int
+    model: "str | Path | PreTrainedModel",
+    *,
+    dtype: str,
+    load_format: str,
+    device: str,
+    seed: int,
+    budget: int | None = None,
 ) -> "PreTrainedModel":
     """A causal LM in eval mode on ``device``.
 
     Safetensors are read straight to the device, dummy weights are made there; what needs
     transformers' own reader (`transformers_reason`, GGUF) takes its way. The log says which.
 
+    Args:
+        budget: bytes that the weights of a folder may take on the device; None: not looked at.
+
     Raises:
-        ValueError: see `resolve_format` and `Checkpoint`; also a checkpoint that lacks tensors of
-            the model or has them in another shape (each is named), or a module given together with
-            a dtype or load_format that it does not have.
+        ValueError: see `resolve_format` and `Checkpoint`; weights beyond the budget; a checkpoint
+            that lacks tensors of the model or has them in another shape (each is named), or a
+            module given together with a dtype or load_format that it does not have.
     """
     from transformers import PreTrainedModel
 
@@ -203,6 +212,7 @@ def load_model(
         checkpoint = Checkpoint(path) if load_format == "safetensors" else None
         torch_dtype = resolve_dtype(None if checkpoint is None else config, dtype)
         loaded = build_skeleton(config, torch_dtype)
+        _check_budget(loaded, budget)
         reason = None if checkpoint is None else transformers_reason(loaded, checkpoint)
         if reason is not None:
             loaded = _load_by_transformers(path, load_format, torch_dtype, device)
@@ -220,6 +230,16 @@ def load_model(
         "straight to their place" if reason is None else f"read by transformers ({reason})",
     )
     return loaded
+
+
+def _check_budget(model: "PreTrainedModel", budget: int | None) -> None:
+    nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    if budget is not None and nbytes > budget:
+        raise ValueError(
+            f"the weights of {type(model).__name__} take {nbytes / 2**30:.2f} GiB, but the GPU's "
+            f"budget (gpu_memory_utilization of its memory) is {budget / 2**30:.2f} GiB: use a "
+            "larger GPU, a higher gpu_memory_utilization, or weights='pooled' on several GPUs"
+        )
 
 
 def resolve_dtype(config: Any, dtype: str) -> torch.dtype:

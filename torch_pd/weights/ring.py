@@ -174,7 +174,6 @@ class Ring:
         dims = layout.dims
         self.layout = layout
         self._arenas = list(arenas)
-        self.shard_bytes = arenas[index].nbytes
         self._device = arenas[index].device
         self._items = ring_items(dims)
         self.plan = plan_ring(
