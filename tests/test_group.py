@@ -83,6 +83,13 @@ def test_two_ranks_give_the_same(pair, expected):
         assert len(lengths) > 3
         assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
         assert tokens_of(outputs[-1:])[0] == expected[0][index]
+    outputs = pair.stream(PROMPTS, GREEDY)
+    next(outputs)
+    assert pair.stats()["finished_requests"] >= 0
+    with pytest.raises(RuntimeError, match="a call is under way"):
+        pair.generate(PROMPTS[:1], GREEDY, use_tqdm=False)
+    rest = {o.request_id: o for o in outputs if o.finished}
+    assert len(rest) == len(PROMPTS)
     with pytest.raises(ValueError, match="prompt 1: the prompt has 300 tokens"):
         pair.generate([[5], [5] * 300], use_tqdm=False)
     with pytest.raises(RuntimeError, match="engines are in the ranks' processes"):

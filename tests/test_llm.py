@@ -1,6 +1,7 @@
 """LLM end to end: the same text as Hugging Face, whatever the batching; parameters; errors."""
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -130,6 +131,17 @@ def test_preemption_does_not_change_tokens(tiny, llm):
         assert tokens_of(small.generate(prompts, params, use_tqdm=False)) == expected
         assert small.stats()["preemptions"] > 0
         assert small.stats()["kv_pages_used"] == 0
+
+
+def test_shutdown_lets_go_of_model_and_pages(tiny):
+    with LLM(tiny, kv_cache_gib=0.01) as llm:
+        llm.generate(TEXTS, GREEDY, use_tqdm=False)
+        engine = llm.engine
+        held = [
+            weakref.ref(x) for x in (engine.model, engine.pool, next(engine.model.parameters()))
+        ]
+    assert engine is not None
+    assert not any(ref() for ref in held)
 
 
 def test_seed_is_independent_of_the_batch(llm):

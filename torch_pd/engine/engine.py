@@ -654,7 +654,11 @@ class Engine:
             if self.pool.device.type == "cuda":
                 torch.cuda.synchronize(self.pool.device)  # kernels may read pages in place
             self.carrier.close()
+        device = self.pool.device
         del self.runner, self.pool, self.model
+        if device.type == "cuda":
+            # The next engine, of this process or another, counts what the driver says is free.
+            torch.cuda.empty_cache()
 
 
 def _eos_token_ids(model: "PreTrainedModel", tokenizer: Any) -> tuple[int, ...]:

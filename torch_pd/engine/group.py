@@ -11,6 +11,7 @@ import queue
 import secrets
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
@@ -132,6 +133,7 @@ class Spawned:
         ]
         self.config = config
         self._numbers = _Numbers()
+        self._kept: deque[tuple[int, Any]] = deque()
         self._ranks = Ranks(f"{Setup.__module__}:main", setups)
         self._ended = weakref.finalize(self, self._ranks.kill)
         try:
@@ -160,16 +162,16 @@ class Spawned:
         return self._limits
 
     def run(self, requests: list[Request], stream: bool) -> Iterator[RequestOutput]:
-        call = self._numbers.call(requests, stream)
-        known = call.by_id()
         working = set(range(self.config.data_parallel_size))
+        call = self._numbers.begin(requests, stream)
+        known = call.by_id()
         try:
             self._ranks.send(call)
             while working:
-                rank, message = self._ranks.receive()
+                rank, message = self._kept.popleft() if self._kept else self._ranks.receive()
                 if message == call.number:
                     working.discard(rank)
-                else:
+                elif isinstance(message, list):  # (not of a `stats` that was interrupted)
                     yield from unpack(message, known)
         except GroupError:
             self._ended()
@@ -177,10 +179,13 @@ class Spawned:
         except BaseException:
             self._drop()
             raise
+        finally:
+            self._numbers.end()
 
     def _drop(self) -> None:
         """Ends a call that the caller left; if a rank does not get out of it, ends all."""
         inside = set(range(self.config.data_parallel_size))
+        self._kept.clear()
         try:
             self._ranks.send(ABORT)
             while inside:
@@ -195,7 +200,11 @@ class Spawned:
         each: dict[int, dict[str, Any]] = {}
         self._ranks.send(STATS)
         while len(each) < self.config.data_parallel_size:
-            rank, each[rank] = self._ranks.receive()
+            rank, message = self._ranks.receive()
+            if isinstance(message, dict):
+                each[rank] = message
+            else:
+                self._kept.append((rank, message))  # of a call under way
         return _sum_stats([each[rank] for rank in sorted(each)])
 
     def shutdown(self) -> None:
@@ -255,7 +264,7 @@ class Joined:
         return self.engine
 
     def run(self, requests: list[Request], stream: bool) -> Iterator[RequestOutput]:
-        call = self._numbers.call(requests, stream)
+        call = self._numbers.begin(requests, stream)
         try:
             other = self._world.board.open(call.number, len(requests), call.digest())
             if other is not None:
@@ -269,6 +278,8 @@ class Joined:
         except BaseException as error:
             self._fail(error)
             raise
+        finally:
+            self._numbers.end()
 
     def _lead(self, call: Call) -> Iterator[RequestOutput]:
         known = call.by_id()
@@ -367,6 +378,7 @@ class Joined:
         self.engine = None
 
     def stats(self) -> dict[str, Any]:
+        self._numbers.check()
         return _sum_stats(self._world.all_gather(self._engine.stats()))
 
     def shutdown(self) -> None:
@@ -422,16 +434,30 @@ class _Inbox:
 
 
 class _Numbers:
-    """Numbers the calls of one group."""
+    """Numbers the calls of one group, of which one runs at a time."""
 
     def __init__(self) -> None:
         self.calls = self.requests = 0
+        self.under_way = False
 
-    def call(self, requests: list[Request], stream: bool) -> Call:
+    def check(self) -> None:
+        """Raises RuntimeError while a call is under way."""
+        if self.under_way:
+            raise RuntimeError(
+                "a call is under way; several ranks run one at a time: finish the loop over its "
+                "stream, or close it"
+            )
+
+    def begin(self, requests: list[Request], stream: bool) -> Call:
+        self.check()
+        self.under_way = True
         self.calls += 1
         call = Call(self.calls, requests, self.requests, stream)
         self.requests += len(requests)
         return call
+
+    def end(self) -> None:
+        self.under_way = False
 
 
 def join(config: EngineConfig, given: bool, device: str) -> World:

@@ -114,6 +114,9 @@ def serve(link: Connection, engine: Engine, world: World, call: Call) -> None:
             link.send(pack(some))
         if readable(link):
             message = link.recv()
+            if message == STATS:
+                link.send(engine.stats())
+                continue
             assert message == ABORT, message
             world.board.drain()
             outputs.close()
