@@ -189,6 +189,8 @@ def test_errors():
         model(ids, position_ids=torch.zeros(3, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="either input_ids or"):
         model()
+    with pytest.raises(ValueError, match=r"input_ids is \[4\], expected \[batch, length\]"):
+        model(ids[0])
     with pytest.raises(ValueError, match="cu_seq_lens_q"):
         model(ids, cu_seq_lens_q=torch.tensor([0, 4]))
     cache = model(ids).past_key_values

@@ -294,6 +294,8 @@ def test_chat(llm):
     assert one.prompt.endswith("<|im_start|>assistant\n")
     two = llm.chat([message, message], GREEDY, use_tqdm=False)
     assert tokens_of(two) == tokens_of([one, one])
+    with pytest.raises(ValueError, match="conversation 0: the chat template cannot take it"):
+        llm.chat([{"role": "user"}], GREEDY, use_tqdm=False)
 
 
 def test_a_module_is_patched_and_restored(tiny):
@@ -381,6 +383,7 @@ def test_bad_params_for_prompts(llm):
         ({"gpu_memory_utilization": 0.5, "device": "cpu"}, ValueError, "gpu_memory_utilization"),
         ({"load_format": "gguf"}, ValueError, "needs a .gguf file"),
         ({"tokenizer": "/nowhere"}, ValueError, "holds no tokenizer"),
+        ({"tokenizer": 3}, TypeError, "tokenizer must be a Hugging Face tokenizer"),
     ],
 )
 def test_bad_settings(tiny, settings, kind, message):

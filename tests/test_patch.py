@@ -400,6 +400,8 @@ def test_errors():
         patch_model(model, group=object())
     with pytest.raises(TypeError, match="Linear"):
         patch_model(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="config must be an EngineConfig, got dict"):
+        patch_model(model, {"block_size": 16})
     for function in (unpatch_model, describe, kv_shape):
         with pytest.raises(ValueError, match="LlamaForCausalLM is not patched"):
             function(model)

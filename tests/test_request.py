@@ -164,6 +164,8 @@ def test_prompt_forms() -> None:
         ([1, True], TypeError, r"prompt_token_ids\[1\] must be an int, got True"),
         ([1, 2.0], TypeError, "must be an int, got 2.0"),
         (["a"], TypeError, "must be an int, got 'a'"),
+        ([np.arange(3)], TypeError, r"prompt_token_ids\[0\] must be an int, got array"),
+        ("\ud800", ValueError, "no valid Unicode"),
         (None, TypeError, "NoneType"),
         (3, TypeError, "got int"),
         ({}, ValueError, "needs 'prompt'"),

@@ -29,9 +29,12 @@ def check_names(kind: str, valid: Iterable[str], given: Iterable[str]) -> None:
 
 def as_int(name: str, value: Any) -> int:
     """``value`` as an int (NumPy integers included); TypeError for anything else, bool too."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
-    return operator.index(value)
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:  # no int, or a tensor of several elements
+            pass
+    raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
 
 
 def as_float(name: str, value: Any) -> float:

@@ -59,6 +59,11 @@ class LLM:
             tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
             if tokenizer is None and named is not None:
                 raise ValueError(f"{str(named)!r} holds no tokenizer")
+        elif not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+            raise TypeError(
+                "tokenizer must be a Hugging Face tokenizer or its folder, got "
+                f"{type(tokenizer).__name__}"
+            )
         self.tokenizer = tokenizer
         device = resolve_device(self.config)
         if launched_by_torchrun():
@@ -193,6 +198,8 @@ class LLM:
             raise ValueError("the tokenizer has no chat template: give chat_template=...")
         if not messages:
             raise ValueError("messages is empty")
+        from jinja2 import TemplateError  # what transformers renders templates with
+
         conversations = [messages] if isinstance(messages[0], dict) else messages
         prompts = []
         for i, conversation in enumerate(conversations):
@@ -202,12 +209,17 @@ class LLM:
                         f"conversation {i}: a message is a dict with 'role' and 'content', got "
                         f"{message!r}"
                     )
-            text = self.tokenizer.apply_chat_template(
-                list(conversation),
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    list(conversation),
+                    chat_template=chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                )
+            except TemplateError as error:
+                raise ValueError(
+                    f"conversation {i}: the chat template cannot take it: {error}"
+                ) from error
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
             prompts.append({"prompt": text, "prompt_token_ids": ids})
         return prompts

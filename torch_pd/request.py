@@ -188,6 +188,10 @@ def parse_prompt(prompt: Any) -> Prompt:
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError("the prompt is an empty string; give at least one character")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is no valid Unicode text: {error}") from None
         return Prompt(prompt, None)
     if isinstance(prompt, list | tuple):
         return Prompt(None, _prompt_ids(prompt))

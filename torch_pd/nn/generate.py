@@ -73,6 +73,10 @@ def forward(model: PreTrainedModel, *args, **kwargs) -> Any:
     if (ids is None) == (embeds is None):
         raise ValueError("give either input_ids or inputs_embeds")
     name, tokens = ("input_ids", ids) if embeds is None else ("inputs_embeds", embeds)
+    dims = 2 if embeds is None else 3
+    if tokens.dim() != dims:
+        want = "[batch, length]" if embeds is None else "[batch, length, width]"
+        raise ValueError(f"{name} is {list(tokens.shape)}, expected {want}")
     num_rows, length = tokens.shape[:2]
     labels, keep = given.pop("labels", None), given.pop("logits_to_keep", None)
     mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)

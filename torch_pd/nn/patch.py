@@ -104,6 +104,8 @@ def patch_model(
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"patch_model takes a model of transformers, got {type(model).__name__}")
+    if config is not None and not isinstance(config, EngineConfig):
+        raise TypeError(f"config must be an EngineConfig, got {type(config).__name__}")
     if group is not None:
         raise ValueError(f"group={group!r}: weights shared by several ranks are not supported yet")
     if is_patched(model):
