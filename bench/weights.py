@@ -229,8 +229,8 @@ def ablations(shards: Shards, rows: Sequence[int]) -> None:
                 what="streams", streams=streams, rows=tokens,
                 **streamed_ms(shards, tokens, streams=streams),
             )  # fmt: skip
-        found = streamed_ms(shards, tokens, overlap=False)
-        group.show(what="copies may use SMs", rows=tokens, **found)
+        found = streamed_ms(shards, tokens, overlap=True)
+        group.show(what="copies off the SMs", rows=tokens, **found)
         found = streamed_ms(shards, tokens, rotated=False)
         group.show(what="same start", rows=tokens, **found)
         found = streamed_ms(shards, tokens, pause=0.02)

@@ -344,7 +344,7 @@ void bind_puller(py::module_& m) {
       .def(py::init<int, const std::vector<Puller::ItemTuple>&, std::vector<int64_t>, int, bool,
                     bool, std::vector<int64_t>>(),
            py::arg("device"), py::arg("items"), py::arg("gates"), py::arg("streams") = 1,
-           py::arg("overlap") = true, py::arg("poison") = false,
+           py::arg("overlap") = false, py::arg("poison") = false,
            py::arg("delays") = std::vector<int64_t>{})
       .def("start", &Puller::start, Release())
       .def("acquire", &Puller::acquire, py::arg("use"), py::arg("stream"), Release())

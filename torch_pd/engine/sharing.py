@@ -95,13 +95,12 @@ def _meet(world: World, replicas: int) -> tuple[dist.ProcessGroup, Board]:
 
 
 def follow_plan(model: Any, config: EngineConfig, world: World) -> EngineConfig:
-    """The config with ``weights`` as the planner recommends for these GPUs. Collective.
+    """The config with ``weights`` settled for these GPUs. Collective.
 
-    On the CPU ranks share one memory, but each has its own copy: nothing is gained from a pool that
-    the plan knows of. A model that cannot be shared is replicated, with a warning that says why.
-
-    Raises:
-        ValueError: the model fits in no way, with the arithmetic.
+    Weights are shared where copies on every GPU do not fit and the plan says that shared ones do;
+    where both fit, the log says what the plan would take, and copies are made: sharing has not run
+    from end to end on GPUs yet, so it is not chosen unasked. A model that cannot be shared gets
+    copies too, and what does not fit is refused where memory is laid out.
     """
     if world.device.type != "cuda" or world.size == 1 or not isinstance(model, (str, Path)):
         return config
@@ -110,14 +109,18 @@ def follow_plan(model: Any, config: EngineConfig, world: World) -> EngineConfig:
         return config
     total = torch.cuda.get_device_properties(world.device).total_memory
     smallest = min(world.all_gather(total))
-    plan = plan_settings(path, config, gpus=world.size, gpu_memory=smallest / GIB)
-    if plan.weights == "pooled":
-        try:
-            fused_blocks(
-                patch_model(build_skeleton(read_config(path), resolve_dtype(None, "auto")))
-            )
-        except ValueError as error:
-            logger.warning("every GPU gets all weights: %s", error)
-            return replace(config, weights="resident")
-    logger.info("weights=%r: %s", plan.weights, plan.reason)
-    return replace(config, weights=plan.weights)
+    copies = replace(config, weights="resident")
+    try:
+        plan = plan_settings(path, config, gpus=world.size, gpu_memory=smallest / GIB)
+    except ValueError as error:
+        logger.warning("%s", error)
+        return copies
+    logger.info("the plan is weights=%r: %s", plan.weights, plan.reason)
+    if plan.weights == "resident" or plan.modes["replicate"].run is not None:
+        return copies
+    try:
+        fused_blocks(patch_model(build_skeleton(read_config(path), resolve_dtype(None, "auto"))))
+    except ValueError as error:
+        logger.warning("every GPU gets all weights: %s", error)
+        return copies
+    return replace(config, weights="pooled")

@@ -25,11 +25,13 @@ class Streaming:
     """A rank's ring, and the choice where its group may ship as well.
 
     Args:
+        memory: with this rank's shard and views of the others'.
         ring: of this rank; None: it has no requests, and so nothing to stream.
         choice: None: every step is streamed, and the ranks need not agree on anything.
     """
 
-    def __init__(self, ring: Ring | None, choice: Choice | None):
+    def __init__(self, memory: PeerMemory, ring: Ring | None, choice: Choice | None):
+        self._memory = memory
         self.ring = ring
         self.choice = choice
 
@@ -44,6 +46,7 @@ class Streaming:
         """Lets go of the ring and of the other ranks' weights."""
         if self.ring is not None:
             self.ring.close()
+        self._memory.close()
 
 
 def resolve_mode(config: EngineConfig, world: World, ranks: tuple[int, ...]) -> str:
@@ -95,8 +98,8 @@ def start_streaming(
     if config.data_ranks is None or world.rank in config.data_ranks:
         ring = Ring(layout, weights.index, arenas, weights.dtype, nbytes)
     if mode == "stream":
-        return Streaming(ring, None)
+        return Streaming(memory, ring, None)
     machine = machine_of(ring, world.device, world.all_gather)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # of what was measured
-    return Streaming(ring, Choice(Costs(shape, machine, weights.size)))
+    return Streaming(memory, ring, Choice(Costs(shape, machine, weights.size)))

@@ -50,7 +50,7 @@ def make_engine(
 ) -> Engine:
     """Loads a model and builds the engine on it; collective where there is a world.
 
-    ``weights="auto"`` does on several GPUs what `planner.plan` recommends for them.
+    ``weights="auto"`` is settled by the plan for the GPUs (`sharing.follow_plan`).
     """
     if world is not None and config.weights == "auto":
         config = follow_plan(model, config, world)

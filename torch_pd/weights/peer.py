@@ -104,7 +104,12 @@ class PeerMemory:
         return self.arenas
 
     def close(self) -> None:
-        """Drops the views; memory goes when the last tensor of it does. Twice is fine."""
+        """Drops the views; memory goes when the last tensor of it does. Twice is fine.
+
+        Waits for the GPU: unmapping waits for nothing, and kernels may still read.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self._close_fd()
         self.arenas = []
         self.arena = self.arena[:0].clone()

@@ -147,9 +147,10 @@ class Ring:
         dtype: of the weights.
         nbytes: of the ring; default `default_ring_bytes`.
         streams: side streams that share the copies of an item (GPU).
-        rotated: start at the next rank's piece, so that no owner is read by all at once.
-        overlap: hint to the driver that copies should leave the SMs alone. (This and the one before
-            are False for measurements only.)
+        rotated: start at the next rank's piece, so that no owner is read by all at once; False is
+            for measurements.
+        overlap: hint to the driver that copies should leave the SMs alone (cudaMemcpyBatchAsync);
+            not measured yet.
         poison, delays: for tests, see csrc/runtime/puller.cpp.
 
     Raises:
@@ -166,7 +167,7 @@ class Ring:
         *,
         streams: int = 2,
         rotated: bool = True,
-        overlap: bool = True,
+        overlap: bool = False,
         poison: bool = False,
         delays: Sequence[int] = (),
     ):
@@ -270,6 +271,9 @@ class Ring:
     def close(self) -> None:
         """Waits for the copies under way, then lets go of the ring and the arenas."""
         self._puller.close()
+        if self._device.type == "cuda":
+            # Kernels may read the arenas (embed), and unmapping waits for nothing.
+            torch.cuda.synchronize(self._device)
         self._views, self._embedding, self._arenas = [], [], []
         self._arena = self._arena[:0].clone()
 
