@@ -26,7 +26,7 @@ from typing import Any
 from torch_pd.board import GroupError
 
 HANG_S = 7.0
-"""A starting rank that has done nothing for so long is taken to hang."""
+"""A start in which nothing has happened for so long is taken to hang."""
 _SETTLE_S = 0.3
 """Time in which the first rank to fall takes others with it; then the cause is looked for."""
 _STOP_S = 5.0
@@ -308,24 +308,29 @@ class Ranks:
             self._messages.put((child.rank, message))
 
     def _hanging(self, starting: list[_Child]) -> _Child | None:
-        """A rank that for `HANG_S` has neither run, nor wanted to, nor read from a disk.
+        """A rank to blame if for `HANG_S` no starting rank has run, or wanted to, or read a disk.
 
-        One that waits for others may, as long as one of them is on its way.
+        While any of them gets on, the others may be waiting for it. One that is stopped by a
+        signal (state T) waits for nobody.
         """
         now = time.monotonic()
-        coming = any(child.phase != self.WAITING for child in starting)
-        stopped: list[_Child] = []
-        still: list[_Child] = []
+        stopped = set()
         for child in starting:
             state, ticks = _state(child.process.pid)
-            waits = child.phase == self.WAITING and state != "T" and coming
+            if state == "T":
+                stopped.add(child.rank)
             # A few ticks are the housekeeping of torch's threads.
-            if waits or state in "DR" or ticks > child.ticks + 5:
+            if state in "DR" or ticks > child.ticks + 5:
                 child.ticks, child.moved = ticks, now
-            if now - child.moved > HANG_S:
-                (stopped if state == "T" else still).append(child)
-        # The first to stand still is the one that the others may wait for.
-        return min(stopped or still, key=lambda child: child.moved, default=None)
+        still = [child for child in starting if now - child.moved > HANG_S]
+        if len(still) < len(starting):
+            still = [child for child in still if child.rank in stopped]
+        # Rather not one that says it waits; the first to stand still may be what others wait for.
+        return min(
+            still,
+            key=lambda c: (c.rank not in stopped, c.phase == self.WAITING, c.moved),
+            default=None,
+        )
 
     def _why(self, alive: list[_Child]) -> Exception:
         """The cause, once others have had the time to fall over it."""
