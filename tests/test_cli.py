@@ -68,6 +68,8 @@ def one_error_line(capsys) -> str:
         ("generate {tiny} --prompt a --temperature -1", "temperature"),
         ("generate {tiny} --prompt a --gpu-memory-utilization 0.5 --device cpu", "no meaning"),
         ("generate {tiny} --prompt a --weights pooled", "data_parallel_size=2 or more"),
+        ("bench throughput {tiny} --num-prompts 0", "--num-prompts must be >= 1, got 0"),
+        ("bench throughput {tiny} --input-len 0", "--input-len must be >= 1, got 0"),
         ("info /nowhere", "does not exist"),
     ],
 )

@@ -239,6 +239,10 @@ def _bench_throughput(args: argparse.Namespace) -> None:
 
     from torch_pd.llm import LLM
 
+    for name in ("num_prompts", "input_len", "output_len"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} must be >= 1, got {getattr(args, name)}")
     with LLM(args.model, **config_from(args)) as llm:
         vocab = llm.limits.vocab_size
         rng = random.Random(0)
