@@ -182,3 +182,12 @@ def test_no_model(tmp_path):
 def test_a_budget_is_what_the_config_says():
     found = plan(QWEN3_8B, gpus=2, gpu_memory=80, gpu_memory_utilization=0.5, num_prompts=2)
     assert found.budget == 40 * GIB
+
+
+def test_tokens_on_host_and_disk_are_counted():
+    found = plan(
+        QWEN3_8B, gpus=1, host_kv_gib=36, disk_kv_gib=72, disk_kv_path="/nvme", num_prompts=8
+    )
+    assert found.tiers == {"host": 36 * GIB // (36 * 4096), "disk": 72 * GIB // (36 * 4096)}
+    assert "KV tokens on host, a rank" in str(found)
+    assert plan(QWEN3_8B, gpus=1, num_prompts=8).tiers == {}

@@ -7,7 +7,7 @@ costs what `torch_pd.costs` says. All ranks are alike, so one stands for all.
 
 import dataclasses
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,8 @@ class Plan:
     choice: str
     """One of MODES."""
     reason: str
+    tiers: dict[str, int] = field(default_factory=dict)
+    """KV tokens of a rank by tier, beside those of the GPU: host, disk."""
 
     @property
     def weights(self) -> str:
@@ -128,6 +130,10 @@ class Plan:
             row("steps shipped", fitting(lambda p: f"{p.run.ship_steps:,}")),
             row("preemptions", fitting(lambda p: f"{p.run.preemptions:,}")),
             row("output tok/s", fitting(lambda p: f"{p.tokens_per_second:,.0f}")),
+            *(
+                row(f"KV tokens on {tier}, a rank", [f"{tokens:,}"] * len(plans))
+                for tier, tokens in self.tiers.items()
+            ),
             "",
             f"-> {self.choice}: {self.reason}",
         ]
@@ -221,7 +227,12 @@ def plan_settings(
             "max_num_batched_tokens or max_num_seqs, or a higher gpu_memory_utilization"
         )
     choice, reason = _choose(plans, fitting)
-    return Plan(name, gpus, budget, work, machine.name, plans, choice, reason)
+    tiers = {
+        tier: int(gib * GIB) // shape.kv_token_bytes
+        for tier, gib in (("host", settings.host_kv_gib), ("disk", settings.disk_kv_gib))
+        if gib
+    }
+    return Plan(name, gpus, budget, work, machine.name, plans, choice, reason, tiers)
 
 
 def _choose(plans: dict[str, ModePlan], fitting: dict[str, ModePlan]) -> tuple[str, str]:

@@ -560,6 +560,8 @@ class Scheduler:
     def _note_places(self, plan: Plan) -> None:
         """What the plan's forward pass reads on the host; those that compute several tokens over
         such pages go to the end."""
+        if self.max_model_len <= self._gpu_tokens:
+            return  # none is larger than the GPU pool
         left = np.fromiter((seq.num_left > 0 for seq in plan.seqs), bool, len(plan.seqs))
         plan.in_place = bool(left.any())
         staged = left & (plan.counts > 1)
