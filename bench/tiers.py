@@ -130,9 +130,8 @@ def equal_share(a: list[list[int]], b: list[list[int]]) -> str:
     return f"{same} of {len(a)} outputs equal"
 
 
-def bench_swap(layers: int, results: dict) -> None:
-    """Decode-heavy work whose pages come to four times the pool."""
-    count, prompt, out = 96, 256, 384
+def bench_swap(layers: int, count: int, prompt: int, out: int, results: dict) -> None:
+    """Work whose pages come to four times the pool."""
     bench = Bench(layers, 8192, results)
     rng = random.Random(0)
     prompts = [random_tokens(rng, rng.randint(prompt // 2, prompt * 3 // 2)) for _ in range(count)]
@@ -204,7 +203,8 @@ def main() -> None:
     results["layers"] = args.layers
     for part in args.only.split(","):
         if part == "swap":
-            bench_swap(args.layers, results)
+            bench_swap(args.layers, 96, 256, 384, results)
+            bench_swap(args.layers, 64, 1024, 256, results)
         elif part == "prefix":
             bench_prefix(args.layers, args.folder, args.questions, results)
         elif part == "long":

@@ -38,6 +38,9 @@ from torch_pd.kv.moves import HOST_BITS
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.kv.tiers import Tiers
 
+STEPS_AHEAD = 4
+"""Decoding steps for which pages are kept free by swapping."""
+
 
 class Scheduler:
     """Continuous batching with chunked prefill over one page pool.
@@ -218,7 +221,9 @@ class Scheduler:
         """
         assert len(self._flying) < 2, "update() the oldest plan first"
         self._note_arrivals()
-        plan = self._plan()
+        early = self._make_room()
+        plan = self._plan(admit=not early)
+        plan.preempted[:0] = early
         if not plan.seqs and self._arriving and not self._flying:
             # Nothing else to do: the forward pass itself waits for the first ones.
             self._note_arrivals(self._arriving[0].arrival)
@@ -233,7 +238,7 @@ class Scheduler:
             self._hand_over(self.tiers, plan)
         return plan
 
-    def _plan(self) -> Plan:
+    def _plan(self, admit: bool = True) -> Plan:
         """Which sequences run on which pages."""
         plan = self._plan_running()
         while plan.preempted and not plan.seqs and self._running.seqs:
@@ -244,7 +249,7 @@ class Scheduler:
             plan = again
             if stuck:
                 break
-        if not plan.preempted and (self.admits or not self._running.seqs):
+        if admit and not plan.preempted and (self.admits or not self._running.seqs):
             self._admit(plan)
         return plan
 
@@ -380,11 +385,12 @@ class Scheduler:
             newest = max(self._arriving, key=lambda seq: seq.order)
             victim = max(victim, newest, key=lambda seq: seq.order)
         computed = int(self.tables.num_computed[victim.row])
+        swaps = self.swapper is not None and self.swapper.pays(victim, computed)
         pages = self._take_row(victim)
-        if self.swapper is None:
-            self.allocator.free(pages)
-        elif not self.swapper.swap_out(victim, pages, computed):
-            self.swapper.tiers.free(pages)
+        if self.swapper is not None and swaps:
+            self.swapper.swap_out(victim, pages, computed)
+        else:
+            (self.tiers or self.allocator).free(pages)
         victim.num_left = 0
         victim.num_preemptions += 1
         self._waiting.push(victim)
@@ -525,13 +531,13 @@ class Scheduler:
         """Rule 7: pages of a sequence that was swapped out, and how many tokens are in them; None
         if too few are free.
 
-        Each running sequence keeps room for a page more, lest the next step swap this one out.
+        Every second running sequence keeps room for a page more, lest a next step swap it out.
         """
         assert self.swapper is not None
         free, crowded, start = self.allocator.num_free, self.num_running > 0, seq.num_saved
         if crowded and self._blocked[0] is seq and free <= self._blocked[1]:
             return None
-        pages = self.swapper.swap_in(seq, self.watermark + self.num_running if crowded else 0)
+        pages = self.swapper.swap_in(seq, self.watermark + self.num_running // 2 if crowded else 0)
         if pages is None:
             assert crowded, "a sequence that fits the pool alone must be admitted when it is empty"
             self._blocked = (seq, free)
@@ -539,6 +545,22 @@ class Scheduler:
         return pages, start
 
     # Tiers (rule 7).
+
+    def _make_room(self) -> list[Sequence]:
+        """Lets the newest sequences go to the host some steps before pages run out, so that their
+        moves run beside a step and not ahead of one."""
+        gone: list[Sequence] = []
+        if self.swapper is None:
+            return gone
+        running = self._running.seqs
+        while len(running) > 1 and not self._arriving:
+            wanted = len(running) * STEPS_AHEAD // self.block_size
+            victim = running[-1]
+            computed = int(self.tables.num_computed[victim.row])
+            if self.allocator.num_free >= wanted or not self.swapper.pays(victim, computed):
+                break
+            gone.append(self._preempt())
+        return gone
 
     def _note_arrivals(self, ticket: int = 0) -> None:
         """Lets the sequences run whose pages have come in, or will have with a ticket that the

@@ -54,21 +54,22 @@ class Swapper:
 
     # Whole sequences.
 
-    def swap_out(self, seq: Sequence, entries: list[int], computed: int) -> bool:
-        """Gives the entries up for ``seq.saved``, which `swap_in` takes; False, nothing changed, if
-        the host pool has no room or computing them again is cheaper."""
+    def pays(self, seq: Sequence, computed: int) -> bool:
+        """Whether the host pool has room for the sequence and moving it is cheaper than computing
+        its first ``computed`` tokens again."""
         used = -(-computed // self.block_size)
-        digests = self._digests(seq, computed)
-        moves = self.tiers.swap_cost(entries[:used], digests)
+        moves = self.tiers.swap_cost(seq.pages[:used], self._digests(seq, computed))
         if moves is None or not used:
             return False
-        if moves * self.costs.page_seconds > computed * self.costs.token_seconds:
-            return False
-        seq.saved = self.tiers.swap_out(entries[:used], digests)
+        return moves * self.costs.page_seconds <= computed * self.costs.token_seconds
+
+    def swap_out(self, seq: Sequence, entries: list[int], computed: int) -> None:
+        """Gives the entries up for ``seq.saved``, which `swap_in` takes; there must be room."""
+        used = -(-computed // self.block_size)
+        seq.saved = self.tiers.swap_out(entries[:used], self._digests(seq, computed))
         seq.num_saved = computed
         self.tiers.free(entries[used:])
         self.num_swapped += 1
-        return True
 
     def swap_in(self, seq: Sequence, reserve: int) -> list[int] | None:
         """Entries for a swapped sequence, its first ``num_saved`` tokens in them; None if fewer
