@@ -1,9 +1,11 @@
-"""The engine over KV tiers on one GPU: swap, shared prefixes, a sequence larger than the GPU pool.
+"""The engine over KV tiers: swap, shared prefixes, a sequence larger than the GPU pool.
 
-    python bench/tiers.py [--only swap,prefix,long] [--layers 36] [--folder /tmp] [--json FILE]
+    python bench/tiers.py [--only swap,prefix,long] [--small] [--layers N] [--folder /tmp]
+                          [--json FILE]
 
-Qwen3-8B shape (--layers cuts it), random weights, bfloat16, random tokens, greedy. Every line is an
-engine of its own; what is compared runs in one process one after the other.
+Qwen3-8B shape (--layers cuts it), random weights, bfloat16, random tokens, greedy. --small takes
+the shape of SmolLM2-135M in float32 and much less work, for a CPU, whose main pool plays the
+GPU's part. Every line is an engine of its own, one after the other in one process.
 """
 
 import argparse
@@ -25,45 +27,71 @@ GIB = 1 << 30
 BLOCK = 16
 
 
-def write_config(folder: str, layers: int, max_len: int) -> None:
-    config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": max_len,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": False,
-        "eos_token_id": 151645,
-        "torch_dtype": "bfloat16",
-    }
-    (Path(folder) / "config.json").write_text(json.dumps(config))
-
-
-def gib_of(tokens: int, layers: int) -> float:
-    """GiB of the KV pages of so many tokens, and of page 0."""
-    page = layers * 2 * BLOCK * 8 * 128 * 2
-    return (-(-tokens // BLOCK) + 1.5) * page / GIB
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "eos_token_id": 151645,
+    "torch_dtype": "bfloat16",
+}
+SMOLLM2_135M = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e5,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
 
 
 class Bench:
-    def __init__(self, layers: int, max_len: int, results: dict):
-        self.layers, self.results = layers, results
+    """Engines of one shape. ``divide`` (1 or more) makes counts and lengths smaller."""
+
+    def __init__(self, shape: dict, layers: int | None, divide: int, results: dict):
+        self.shape = dict(shape)
+        if layers is not None:
+            self.shape["num_hidden_layers"] = layers
+        self.divide, self.results = divide, results
+        self.dtype = self.shape["torch_dtype"]
         self.folder = tempfile.mkdtemp()
-        write_config(self.folder, layers, max_len)
+        (Path(self.folder) / "config.json").write_text(
+            json.dumps(self.shape | {"max_position_embeddings": 131072})
+        )
+
+    def gib_of(self, tokens: int) -> float:
+        """GiB of the KV pages of so many tokens, and of page 0."""
+        shape = self.shape
+        item = {"bfloat16": 2, "float32": 4}[self.dtype]
+        token = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+        return (-(-tokens // BLOCK) + 1.5) * BLOCK * token * item / GIB
+
+    def tokens(self, rng: random.Random, count: int) -> list[int]:
+        """Random tokens."""
+        return [rng.randrange(1000, self.shape["vocab_size"]) for _ in range(count)]
 
     def run(
         self, name: str, prompts: list[list[int]], params: SamplingParams, **config: Any
     ) -> tuple[list[list[int]], dict]:
         """One engine's tokens; prints and keeps its figures."""
         start = time.perf_counter()
-        llm = LLM(self.folder, load_format="dummy", max_num_seqs=256, **config)
+        llm = LLM(self.folder, load_format="dummy", dtype=self.dtype, max_num_seqs=256, **config)
         ready = time.perf_counter() - start
         with llm:
             warm = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False)
@@ -121,24 +149,20 @@ class Bench:
         return tokens, row
 
 
-def random_tokens(rng: random.Random, count: int) -> list[int]:
-    return [rng.randrange(1000, 150000) for _ in range(count)]
-
-
 def equal_share(a: list[list[int]], b: list[list[int]]) -> str:
     same = sum(x == y for x, y in zip(a, b, strict=True))
     return f"{same} of {len(a)} outputs equal"
 
 
-def bench_swap(layers: int, count: int, prompt: int, out: int, results: dict) -> None:
+def bench_swap(bench: Bench, count: int, prompt: int, out: int) -> None:
     """Work whose pages come to four times the pool."""
-    bench = Bench(layers, 8192, results)
+    count, out = count // bench.divide, out // bench.divide
     rng = random.Random(0)
-    prompts = [random_tokens(rng, rng.randint(prompt // 2, prompt * 3 // 2)) for _ in range(count)]
+    prompts = [bench.tokens(rng, rng.randint(prompt // 2, prompt * 3 // 2)) for _ in range(count)]
     params = SamplingParams(temperature=0.0, max_tokens=out, ignore_eos=True, detokenize=False)
     whole = count * (prompt + out)
     base = {"max_model_len": 2048, "enable_prefix_caching": False}
-    full, quarter = gib_of(whole, layers), gib_of(whole // 4, layers)
+    full, quarter = bench.gib_of(whole), bench.gib_of(whole // 4)
     print(f"swap: {count} prompts of {prompt}, {out} out; pool of {whole} or {whole // 4} tokens")
     unlimited, _ = bench.run("unlimited pool", prompts, params, kv_cache_gib=full, **base)
     again, _ = bench.run("quarter, recompute", prompts, params, kv_cache_gib=quarter, **base)
@@ -148,20 +172,18 @@ def bench_swap(layers: int, count: int, prompt: int, out: int, results: dict) ->
     print(f"  recompute: {equal_share(unlimited, again)}; swap: {equal_share(unlimited, swapped)}")
 
 
-def bench_prefix(layers: int, folder: str, questions: int, results: dict) -> None:
+def bench_prefix(bench: Bench, folder: str, questions: int) -> None:
     """64 prefixes of 4096 tokens, four times the GPU pool, asked in random order."""
-    count, length = 64, 4096
-    bench = Bench(layers, 8192, results)
+    count, length = 64 // bench.divide, 4096 // bench.divide
     rng = random.Random(1)
-    prefixes = [random_tokens(rng, length) for _ in range(count)]
-    prompts = [prefix + random_tokens(rng, 32) for prefix in prefixes for _ in range(questions)]
+    prefixes = [bench.tokens(rng, length) for _ in range(count)]
+    prompts = [prefix + bench.tokens(rng, 32) for prefix in prefixes for _ in range(questions)]
     rng.shuffle(prompts)
     params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
-    pool = gib_of(count * length // 4, layers)
-    large = gib_of(count * length * 5 // 4, layers)
-    base = {"max_model_len": 4352, "kv_cache_gib": pool, "enforce_eager": True}
+    pool, large = bench.gib_of(count * length // 4), bench.gib_of(count * length * 5 // 4)
+    base = {"max_model_len": length + 64, "kv_cache_gib": pool, "enforce_eager": True}
     print(f"prefix: {count} x {length} tokens, {questions} questions each, pool of a quarter")
-    bench.run("no cache (64 requests)", prompts[:64], params, enable_prefix_caching=False, **base)
+    bench.run("no cache", prompts, params, enable_prefix_caching=False, **base)
     bench.run("GPU", prompts, params, **base)
     bench.run("GPU + host", prompts, params, host_kv_gib=large, **base)
     bench.run(
@@ -175,40 +197,46 @@ def bench_prefix(layers: int, folder: str, questions: int, results: dict) -> Non
     )
 
 
-def bench_long(layers: int, results: dict) -> None:
+def bench_long(bench: Bench) -> None:
     """One sequence of 128K tokens over a GPU pool of 32K."""
-    bench = Bench(layers, 131072, results)
-    prompt = random_tokens(random.Random(2), 131072 - 64)
+    total = 131072 // bench.divide**2
+    prompt = bench.tokens(random.Random(2), total - 64)
     params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
-    base = {"max_model_len": 131072, "enable_prefix_caching": False}
-    print(f"long: one sequence of 128K tokens, {layers} layers")
-    whole, _ = bench.run("whole on the GPU", [prompt], params, kv_cache_gib=gib_of(131072, layers),
-                         **base)  # fmt: skip
-    part, _ = bench.run("GPU pool of 32K", [prompt], params, kv_cache_gib=gib_of(32768, layers),
-                        host_kv_gib=gib_of(131072, layers), **base)  # fmt: skip
+    base = {"max_model_len": total, "enable_prefix_caching": False}
+    whole_gib, part_gib = bench.gib_of(total), bench.gib_of(total // 4)
+    print(f"long: one sequence of {total} tokens, {bench.shape['num_hidden_layers']} layers")
+    whole, _ = bench.run("whole pool", [prompt], params, kv_cache_gib=whole_gib, **base)
+    part, _ = bench.run(
+        "pool of a quarter", [prompt], params, kv_cache_gib=part_gib, host_kv_gib=whole_gib, **base
+    )
     same = next((i for i, (a, b) in enumerate(zip(whole[0], part[0], strict=True)) if a != b), 16)
-    results["long_equal_tokens"] = same
+    bench.results["long_equal_tokens"] = same
     print(f"  the first {same} of 16 tokens are equal")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="swap,prefix,long")
-    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--small", action="store_true", help="SmolLM2-135M's shape, less work")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--folder", default="/tmp", help="for the file of the disk tier")
     parser.add_argument("--json")
     args = parser.parse_args()
-    results: dict = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
-    results["layers"] = args.layers
+    results: dict = {"torch": torch.__version__, "command": sys.argv[1:]}
+    if torch.cuda.is_available():
+        results["device"] = torch.cuda.get_device_name()
+    shape, divide = (SMOLLM2_135M, 4) if args.small else (QWEN3_8B, 1)
+    bench = Bench(shape, args.layers, divide, results)
     for part in args.only.split(","):
         if part == "swap":
-            bench_swap(args.layers, 96, 256, 384, results)
-            bench_swap(args.layers, 64, 1024, 256, results)
+            bench_swap(bench, 96, 256, 384)
+            if not args.small:
+                bench_swap(bench, 64, 1024, 256)
         elif part == "prefix":
-            bench_prefix(args.layers, args.folder, args.questions, results)
+            bench_prefix(bench, args.folder, args.questions)
         elif part == "long":
-            bench_long(args.layers, results)
+            bench_long(bench)
         else:
             raise SystemExit(f"no part {part!r}")
     if args.json:

@@ -14,7 +14,6 @@
 #include <deque>
 #include <memory>
 #include <mutex>
-#include <span>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -137,9 +136,7 @@ class Streams {
   explicit Streams(int device) : device_(device) {
     const CudaDevice guard(device);
     for (auto& lane : lanes_) {
-      for (cudaStream_t* stream : {&lane.stream, &lane.second}) {
-        cuda_call("cudaStreamCreate", cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking));
-      }
+      cuda_call("cudaStreamCreate", cudaStreamCreateWithFlags(&lane.stream, cudaStreamNonBlocking));
     }
     int driver = 0;
     cuda_call("cudaDriverGetVersion", cudaDriverGetVersion(&driver));
@@ -151,7 +148,6 @@ class Streams {
       cudaStreamSynchronize(lane.stream);
       for (const auto& pending : lane.pending) cudaEventDestroy(pending.event);
       cudaStreamDestroy(lane.stream);
-      cudaStreamDestroy(lane.second);
     }
     for (cudaEvent_t event : spare_) cudaEventDestroy(event);
   }
@@ -162,20 +158,46 @@ class Streams {
   // What the next batch of a direction waits for.
   void begin(int direction, int64_t after, cudaStream_t compute) {
     const CudaDevice guard(device_);
-    follow(stream(direction), compute);
+    const cudaEvent_t event = take_event();
+    cuda_call("cudaEventRecord", cudaEventRecord(event, compute));
+    cuda_call("cudaStreamWaitEvent", cudaStreamWaitEvent(stream(direction), event, 0));
+    spare_.push_back(event);  // a wait holds to the record that it saw
     wait(1 - direction, after, stream(direction));
   }
 
   void copy(int direction, const std::vector<Copy>& copies) {
     const CudaDevice guard(device_);
-    const auto& lane = lanes_[direction];
-    const std::span<const Copy> all(copies);
-    if (copies.size() < 16 || copies[0].bytes >= kLarge) return copy_on(lane.stream, all);
-    // Between two copies a copy engine rests for half a microsecond: a second one fills that.
-    follow(lane.second, lane.stream);
-    copy_on(lane.second, all.subspan(all.size() / 2));
-    copy_on(lane.stream, all.first(all.size() / 2));
-    follow(lane.stream, lane.second);
+    const cudaStream_t stream = lanes_[direction].stream;
+#if CUDART_VERSION >= 12080
+    if (batched_ && copies.size() > 1) {
+      std::vector<void*> to, from;
+      std::vector<size_t> bytes;
+      for (const Copy& copy : copies) {
+        to.push_back(copy.to);
+        from.push_back(const_cast<char*>(copy.from));
+        bytes.push_back(copy.bytes);
+      }
+      cudaMemcpyAttributes attributes{};
+      attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+      size_t first = 0;
+#if CUDART_VERSION >= 13000
+      std::vector<const void*> sources(from.begin(), from.end());
+      cuda_call("cudaMemcpyBatchAsync",
+                cudaMemcpyBatchAsync(to.data(), sources.data(), bytes.data(), bytes.size(),
+                                     &attributes, &first, 1, stream));
+#else
+      size_t failed = 0;
+      cuda_call("cudaMemcpyBatchAsync",
+                cudaMemcpyBatchAsync(to.data(), from.data(), bytes.data(), bytes.size(),
+                                     &attributes, &first, 1, &failed, stream));
+#endif
+      return;
+    }
+#endif
+    for (const Copy& copy : copies) {
+      cuda_call("cudaMemcpyAsync",
+                cudaMemcpyAsync(copy.to, copy.from, copy.bytes, cudaMemcpyDefault, stream));
+    }
   }
 
   int64_t end(int direction) {
@@ -219,55 +241,12 @@ class Streams {
   }
 
  private:
-  static constexpr size_t kLarge = 1 << 20;
-
-  // `behind` goes on after what `ahead` was given so far.
-  void follow(cudaStream_t behind, cudaStream_t ahead) {
-    const cudaEvent_t event = take_event();
-    cuda_call("cudaEventRecord", cudaEventRecord(event, ahead));
-    cuda_call("cudaStreamWaitEvent", cudaStreamWaitEvent(behind, event, 0));
-    spare_.push_back(event);  // a wait holds to the record that it saw
-  }
-
-  void copy_on(cudaStream_t stream, std::span<const Copy> copies) {
-#if CUDART_VERSION >= 12080
-    if (batched_ && copies.size() > 1) {
-      std::vector<void*> to, from;
-      std::vector<size_t> bytes;
-      for (const Copy& copy : copies) {
-        to.push_back(copy.to);
-        from.push_back(const_cast<char*>(copy.from));
-        bytes.push_back(copy.bytes);
-      }
-      cudaMemcpyAttributes attributes{};
-      attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
-      size_t first = 0;
-#if CUDART_VERSION >= 13000
-      std::vector<const void*> sources(from.begin(), from.end());
-      cuda_call("cudaMemcpyBatchAsync",
-                cudaMemcpyBatchAsync(to.data(), sources.data(), bytes.data(), bytes.size(),
-                                     &attributes, &first, 1, stream));
-#else
-      size_t failed = 0;
-      cuda_call("cudaMemcpyBatchAsync",
-                cudaMemcpyBatchAsync(to.data(), from.data(), bytes.data(), bytes.size(),
-                                     &attributes, &first, 1, &failed, stream));
-#endif
-      return;
-    }
-#endif
-    for (const Copy& copy : copies) {
-      cuda_call("cudaMemcpyAsync",
-                cudaMemcpyAsync(copy.to, copy.from, copy.bytes, cudaMemcpyDefault, stream));
-    }
-  }
-
   struct Pending {
     int64_t ticket;
     cudaEvent_t event;
   };
   struct Lane {
-    cudaStream_t stream = nullptr, second = nullptr;
+    cudaStream_t stream = nullptr;
     std::deque<Pending> pending;
     int64_t submitted = 0, done = 0;
   };
