@@ -8,12 +8,16 @@ namespace torch_pd {
 
 constexpr int kCombineWarps = 8;
 
-// One row's result as a warp holds it: columns lane, lane + 32, ...
+// One row's result as a warp holds it: runs of kRun columns a lane.
 template <int D>
 struct RowSum {
   static constexpr int kPer = (D + 31) / 32;
+  static constexpr int kRun = D % 128 == 0 ? 4 : 1;
   float m, l, o[kPer];
 
+  __device__ __forceinline__ static int column(int i, int lane) {
+    return (lane + i / kRun * 32) * kRun + i % kRun;
+  }
   __device__ __forceinline__ void clear() {
     m = -INFINITY, l = 0.0f;
 #pragma unroll
@@ -22,8 +26,14 @@ struct RowSum {
   __device__ __forceinline__ void read(const float* values, float2 sums, int lane) {
     m = sums.x, l = sums.y;
 #pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      o[i] = D % 32 == 0 || lane + 32 * i < D ? values[lane + 32 * i] : 0.0f;
+    for (int i = 0; i < kPer; i += kRun) {
+      const int at = column(i, lane);
+      if constexpr (kRun == 4) {
+        const float4 x = *reinterpret_cast<const float4*>(values + at);
+        o[i] = x.x, o[i + 1] = x.y, o[i + 2] = x.z, o[i + 3] = x.w;
+      } else {
+        o[i] = D % 32 == 0 || at < D ? values[at] : 0.0f;
+      }
     }
   }
   __device__ __forceinline__ void add(const RowSum& other) {
@@ -33,11 +43,23 @@ struct RowSum {
 #pragma unroll
     for (int i = 0; i < kPer; ++i) o[i] = o[i] * mine + other.o[i] * theirs;
   }
+  __device__ __forceinline__ void write(float* values, int lane) const {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const int at = column(i, lane);
+      if (D % 32 == 0 || at < D) values[at] = o[i];
+    }
+  }
   template <typename T>
   __device__ __forceinline__ void write(T* out, float factor, int lane) const {
 #pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      if (D % 32 == 0 || lane + 32 * i < D) out[lane + 32 * i] = static_cast<T>(o[i] * factor);
+    for (int i = 0; i < kPer; i += kRun == 4 ? 2 : 1) {
+      const int at = column(i, lane);
+      if constexpr (kRun == 4) {
+        *reinterpret_cast<uint32_t*>(out + at) = ptx::pack2<T>(o[i] * factor, o[i + 1] * factor);
+      } else if (D % 32 == 0 || at < D) {
+        out[at] = static_cast<T>(o[i] * factor);
+      }
     }
   }
 };
@@ -80,9 +102,11 @@ __device__ __forceinline__ void write_row(const AttentionArgs& a, int32_t q_star
   if (a.lse != nullptr && lane == 0) a.lse[(q_start + token) * a.lse_token + head] = closed.lse;
 }
 
-// Finishes the sequences that more than one slice worked on: kCombineWarps rows of one for each
-// block of a row of the grid, and a row of the grid for each cut. The blocks of a sequence's cuts
-// share its rows, so that a long sequence has many blocks and none of its rows waits for another.
+// Finishes the sequences that more than one slice worked on. A column of the grid is a cut; all
+// blocks of a sequence's cuts deal its rows out among them, and a block with few rows gives each
+// several warps: so a long sequence, cut often, has many warps for its many partial results. Few
+// enough registers that a block fits beside one of the decode kernel and is in place when that
+// ends.
 template <typename T, int D, int BATCH>
 __global__ void __launch_bounds__(kCombineWarps * 32)
     decode_combine(const __grid_constant__ DecodeArgs d) {
@@ -92,30 +116,41 @@ __global__ void __launch_bounds__(kCombineWarps * 32)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   ptx::grid_dependency_wait();
   ptx::launch_dependents();
-  const int slice = blockIdx.y + 1;
-  const Cut cut = d.cuts[slice];
-  const int row0 = blockIdx.x * kCombineWarps;
-  const int rows = min(kCombineWarps, cut.q_len * d.a.num_heads - row0);
-  const int sharing = min(kCombineWarps, cut.last - cut.first), number = slice - 1 - cut.first;
-  if (number >= min(rows, sharing)) return;
-  const int each = kCombineWarps / ((kCombineWarps + sharing - 1) / sharing);  // warps a row
+  const Cut cut = d.cuts[blockIdx.x + 1];
+  if (cut.q_len == 0) return;
+  const int rows = cut.q_len * d.a.num_heads;
+  const int sharing = (cut.last - cut.first) * gridDim.y;  // blocks
+  const int number = (blockIdx.x - cut.first) * gridDim.y + blockIdx.y;
+  if (number >= rows) return;
+  const int mine = (rows - number + sharing - 1) / sharing;  // rows number, number + sharing, ...
+  int each = 1;                                              // warps a row
+  while (each * 2 * mine <= kCombineWarps) each *= 2;
+  if (each == 1) {
+#pragma unroll 1
+    for (int i = warp; i < mine; i += kCombineWarps) {
+      const int row = number + i * sharing;
+      const RowSum<D> sum = gather_row<D, BATCH>(d, cut, row, 0, 1, lane);
+      write_row<T>(d.a, cut.q_start, row, sum, lane);
+    }
+    return;
+  }
   const int row = number + warp / each * sharing, part = warp % each;
   RowSum<D> sum, other;
   if (row < rows) {
-    sum = gather_row<D, BATCH>(d, cut, row0 + row, part, each, lane);
+    sum = gather_row<D, BATCH>(d, cut, row, part, each, lane);
     if (part > 0) {
-      sum.write(values + warp * D, 1.0f, lane);
+      sum.write(values + warp * D, lane);
       if (lane == 0) sums[warp] = make_float2(sum.m, sum.l);
     }
   }
-  if (each > 1) __syncthreads();
+  __syncthreads();
   if (row >= rows || part > 0) return;
 #pragma unroll 1
   for (int w = warp + 1; w < warp + each; ++w) {
     other.read(values + w * D, sums[w], lane);
     sum.add(other);
   }
-  write_row<T>(d.a, cut.q_start, row0 + row, sum, lane);
+  write_row<T>(d.a, cut.q_start, row, sum, lane);
 }
 
 }  // namespace torch_pd

@@ -26,13 +26,16 @@ void launch_early(const Launch& launch, Kernel* kernel, dim3 blocks, int threads
   check_cuda(launch.op, cudaLaunchKernelEx(&config, kernel, d), "kernel launch");
 }
 
-template <typename T, int D, int BATCH>
+template <typename T, int D>
 void combine(const Launch& launch, const DecodeArgs& d, int max_tokens) {
-  constexpr int kShared = kCombineWarps * (D * 4 + 8);
-  prefer_shared_once<&decode_combine<T, D, BATCH>>(launch);
-  const int rows = max_tokens * d.a.num_heads;
-  launch_early(launch, decode_combine<T, D, BATCH>,
-               dim3((rows + kCombineWarps - 1) / kCombineWarps, d.max_slices - 1),
+  constexpr int kShared = kCombineWarps * (D * 4 + 8), kBatch = D > 128 ? 2 : 3;
+  prefer_shared_once<&decode_combine<T, D, kBatch>>(launch);
+  // About two rows a warp, if every cut is one of another sequence.
+  const int64_t rows = static_cast<int64_t>(max_tokens) * d.a.num_heads;
+  const int64_t all = rows * std::min(d.a.num_seqs, d.max_slices - 1);
+  const int64_t each = int64_t{2} * kCombineWarps * (d.max_slices - 1);
+  const auto blocks = static_cast<unsigned>((all + each - 1) / each);
+  launch_early(launch, decode_combine<T, D, kBatch>, dim3(d.max_slices - 1, blocks),
                kCombineWarps * 32, kShared, d);
 }
 
@@ -68,12 +71,7 @@ void decode(const AttentionCall& call, int max_rows) {
                Traits::kWarps * 32, Traits::kShared, d);
   if (d.max_slices == 1) return;
   const int max_tokens = std::min(a.max_query_len, std::max(1, max_rows / a.group));
-  // Few rows have many partial results each; else more warps at a time are worth more.
-  if (static_cast<int64_t>(max_tokens) * a.num_heads * a.num_seqs <= 2048) {
-    combine<T, D, 8>(launch, d, max_tokens);
-  } else {
-    combine<T, D, 3>(launch, d, max_tokens);
-  }
+  combine<T, D>(launch, d, max_tokens);
 }
 
 }  // namespace

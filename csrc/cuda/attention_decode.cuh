@@ -245,6 +245,15 @@ __device__ __forceinline__ int64_t plan_slices(const DecodeArgs& d, int32_t* bef
   return total;
 }
 
+// Brings lengths and block tables to the L2 cache while the kernel before may still write them: a
+// line each for the first threads of the grid.
+__device__ __forceinline__ void prefetch_tables(const AttentionArgs& a, int thread) {
+  constexpr int kLine = 128 / sizeof(int32_t);
+  const int64_t at = static_cast<int64_t>(thread) * kLine;
+  if (at < a.num_seqs) ptx::prefetch_l2(a.seq_lens + at), ptx::prefetch_l2(a.query_start + at);
+  if (at < (a.num_seqs - 1) * a.table_stride + a.max_pages) ptx::prefetch_l2(a.tables + at);
+}
+
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kWarps * 32, 1)
     decode_kernel(const __grid_constant__ DecodeArgs d) {
@@ -253,6 +262,7 @@ __global__ void __launch_bounds__(Traits::kWarps * 32, 1)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int32_t* warp_sums = reinterpret_cast<int32_t*>(shared);
   int32_t* before = warp_sums + 32;  // the ring's memory, not in use yet
+  prefetch_tables(a, blockIdx.x * (Traits::kWarps * 32) + threadIdx.x);
   ptx::grid_dependency_wait();
   const int64_t steps = plan_slices<Traits>(d, before, warp_sums);
   ptx::launch_dependents();

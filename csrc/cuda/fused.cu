@@ -62,10 +62,10 @@ __device__ __forceinline__ void write_out(const RmsNorm& p, const Row<T>& row, i
 }
 
 // A block holds ROWS rows in registers: HELD accesses of each per thread, all loaded before the
-// first is used. 48 registers a thread: as many rows are on their way to a multiprocessor as it
+// first is used. Few registers a thread: as many rows are on their way to a multiprocessor as it
 // takes to keep its memory busy.
 template <typename T, int VEC, int HELD, int ROWS>
-__global__ void __maxnreg__(48) rms_norm_kernel(const RmsNorm p) {
+__global__ void __maxnreg__(HELD* ROWS > 4 ? 64 : 48) rms_norm_kernel(const RmsNorm p) {
   __shared__ float partial[ROWS][32];
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int warp = thread / 32, lane = thread % 32, warps = threads / 32;
@@ -74,7 +74,7 @@ __global__ void __maxnreg__(48) rms_norm_kernel(const RmsNorm p) {
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
     const int column = (thread + i * threads) * VEC;
-    if (column < p.width) prefetch_l2(weights + column);
+    if (column < p.width) ptx::prefetch_l2(weights + column);
   }
   after_previous();
   constexpr bool kEarly = HELD * ROWS < 4;  // there are registers to load the weight early
@@ -173,7 +173,7 @@ void launch_rms_norm(const RmsNorm& p, const Launch& launch) {
     start_overlapped(launch, kernel, ceil_div(p.num_tokens, rows), threads, p);
   };
   if (held == 4) {
-    start(rms_norm_kernel<T, kVec, 4, 1>, 1);
+    packed ? start(rms_norm_kernel<T, kVec, 4, 2>, 2) : start(rms_norm_kernel<T, kVec, 4, 1>, 1);
   } else if (held == 2) {
     packed ? start(rms_norm_kernel<T, kVec, 2, 2>, 2) : start(rms_norm_kernel<T, kVec, 2, 1>, 1);
   } else {

@@ -27,15 +27,10 @@ inline void start_overlapped(const Launch& launch, void (*kernel)(Args...), int6
 }
 
 // Every thread calls it before its first access to memory. Until then the kernels before may still
-// be writing; prefetch_l2 alone is allowed, as nothing read before is kept.
+// be writing; ptx::prefetch_l2 alone is allowed, as nothing read before is kept.
 __device__ __forceinline__ void after_previous() {
   ptx::grid_dependency_wait();
   ptx::launch_dependents();
-}
-
-// Brings the line of an address that may be read to the L2 cache.
-__device__ __forceinline__ void prefetch_l2(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 }  // namespace torch_pd

@@ -24,14 +24,26 @@ __device__ __forceinline__ int find_sequence(const int32_t* start, int num_seqs,
   return low;
 }
 
+// K or V: of the pool, and the contiguous output. Strides in elements.
+template <int VEC>
+struct Side {
+  Heads<VEC> heads;
+  const void* from;
+  int64_t page, token, head;
+  const float* scales;  // float8 only
+  int64_t scale_page, scale_token;
+  void* to;
+  int64_t to_token, to_head;
+};
+
+template <int VEC>
 struct GatherArgs {
-  KVCache cache;
+  Side<VEC> sides[2];
   Tables tables;
   Places places;
   const int32_t* kv_start;
-  void *k, *v;
-  int64_t num_tokens;
-  Rows rows;
+  int64_t num_tokens, num_pages;
+  int block_shift;
   int32_t* flag;
 };
 
@@ -70,25 +82,23 @@ __device__ __forceinline__ void put_heads(const Heads<VEC>& heads, Dst* to, int6
   }
 }
 
-// A warp per token. Src is float8 (converted to Dst) or one word type on both sides.
+// A warp takes K or V of one token: few registers, so that many find their token while others copy.
+// Src is float8 (converted to Dst) or one word type on both sides. Nothing is prefetched:
+// prefetches pass by the L1 cache, and those of all warps for the few lines of starts and lengths
+// would queue in one place of L2.
 template <typename Src, typename Dst, int VEC>
-__global__ void __launch_bounds__(kThreads)
-    gather_kernel(const __grid_constant__ GatherArgs a, const __grid_constant__ Heads<VEC> k_heads,
-                  const __grid_constant__ Heads<VEC> v_heads) {
+__global__ void __launch_bounds__(kThreads, std::is_same_v<Src, Dst> ? 12 : 10)
+    gather_kernel(const __grid_constant__ GatherArgs<VEC> a) {
   const int lane = threadIdx.x % 32, num_seqs = static_cast<int>(a.tables.num_seqs);
-  const int64_t token = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
-  if (lane < num_seqs) {
-    prefetch_l2(a.kv_start + lane);
-    prefetch_l2(a.tables.seq_lens + lane);
-  }
+  const int warp = static_cast<int>(blockIdx.x * (kThreads / 32) + threadIdx.x / 32);
+  const int token = warp / 2, which = warp % 2;
   after_previous();
   if (token >= a.num_tokens) return;
-  const bool reports = lane == 0;
-  const KVCache& c = a.cache;
+  const bool reports = lane == 0 && which == 0;
   const int seq = find_sequence(a.kv_start, num_seqs, token);
-  const int64_t length = num_seqs > 0 ? a.tables.seq_lens[seq] : 0;
-  const int64_t position = num_seqs > 0 ? token - a.kv_start[seq] : -1;
-  const int64_t row = position >> block_shift(c.block_size);
+  const int length = num_seqs > 0 ? a.tables.seq_lens[seq] : 0;
+  const int64_t position = num_seqs > 0 ? int64_t{token} - a.kv_start[seq] : -1;
+  const int64_t row = position >> a.block_shift;
   const bool in_table = position >= 0 && row < a.tables.max_pages;
   // Read before the length has come.
   const int32_t entry = in_table ? a.tables.block_tables[seq * a.tables.table_stride + row] : 0;
@@ -96,49 +106,41 @@ __global__ void __launch_bounds__(kThreads)
     if (reports) raise_flag(a.flag, kGatherKV, kBadLength, length);
     return;
   }
-  const int64_t place = static_cast<uint32_t>(entry) >> kPlaceShift;
-  const int64_t page = entry & kPageIndexMask;
+  const int place = static_cast<uint32_t>(entry) >> kPlaceShift;
+  const int page = entry & kPageIndexMask;
   int64_t pages = 0, moved = 0;  // pool size, its distance in bytes from this one
   if (place == 0) {
-    pages = c.num_pages;
+    pages = a.num_pages;
   } else if (place < a.places.count) {
     pages = a.places.rows[2 * place + 1];
     moved = a.places.rows[2 * place] - a.places.rows[0];
   }
   if (page >= pages) {
-    if (reports)
+    if (reports) {
       raise_flag(a.flag, kGatherKV, place > 0 && place >= a.places.count ? kBadPlace : kBadPage,
                  entry);
+    }
     return;
   }
-  const int64_t offset = position & (c.block_size - 1);
+  const int offset = static_cast<int>(position) & ((1 << a.block_shift) - 1);
   const auto at = [&](const void* base, int64_t elements, int64_t item) {
     return static_cast<const char*>(base) + moved + elements * item;
   };
-  const int64_t item = sizeof(Src);
-  const float *ks = nullptr, *vs = nullptr;
+  const Side<VEC>& side = a.sides[which];
+  const auto* from = reinterpret_cast<const Src*>(
+      at(side.from, page * side.page + offset * side.token, sizeof(Src)));
+  const float* scales = nullptr;
   if constexpr (!std::is_same_v<Src, Dst>) {
-    ks = reinterpret_cast<const float*>(at(c.k_scale, page * c.ks_page + offset * c.ks_token, 4));
-    vs = reinterpret_cast<const float*>(at(c.v_scale, page * c.vs_page + offset * c.vs_token, 4));
+    scales = reinterpret_cast<const float*>(
+        at(side.scales, page * side.scale_page + offset * side.scale_token, 4));
   }
-  const auto* k_from =
-      reinterpret_cast<const Src*>(at(c.k, page * c.k_page + offset * c.k_token, item));
-  const auto* v_from =
-      reinterpret_cast<const Src*>(at(c.v, page * c.v_page + offset * c.v_token, item));
-  Dst* k_to = static_cast<Dst*>(a.k) + token * a.rows.k_token;
-  Dst* v_to = static_cast<Dst*>(a.v) + token * a.rows.v_token;
-  const int count = max(k_heads.count, v_heads.count);
-  for (int first = lane; first < count; first += 32 * kHeld) {
-    Vec<Src, VEC> k[kHeld], v[kHeld];
-    read_heads(k_heads, k_from, c.k_head, first, k);
-    read_heads(v_heads, v_from, c.v_head, first, v);
-    float k_scale[kHeld], v_scale[kHeld];
-    if constexpr (!std::is_same_v<Src, Dst>) {
-      read_scales(k_heads, ks, first, k_scale);
-      read_scales(v_heads, vs, first, v_scale);
-    }
-    put_heads(k_heads, k_to, a.rows.k_head, first, k, k_scale);
-    put_heads(v_heads, v_to, a.rows.v_head, first, v, v_scale);
+  Dst* to = static_cast<Dst*>(side.to) + int64_t{token} * side.to_token;
+  for (int first = lane; first < side.heads.count; first += 32 * kHeld) {
+    Vec<Src, VEC> held[kHeld];
+    float scale[kHeld];
+    read_heads(side.heads, from, side.head, first, held);
+    if constexpr (!std::is_same_v<Src, Dst>) read_scales(side.heads, scales, first, scale);
+    put_heads(side.heads, to, side.to_head, first, held, scale);
   }
 }
 
@@ -183,14 +185,22 @@ void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block
   if (p.num_tokens == 0) return;
   const Launch launch(op, k_cache);
   const Rows rows{p.k_token, p.k_head, p.v_token, p.v_head};
-  GatherArgs a{p.cache,      p.tables, p.places,
-               p.kv_start,   p.k,      p.v,
-               p.num_tokens, rows,     error_flag(op, launch.device)};
-  const auto start = [&](auto* kernel, auto vec) {
+  const auto start = [&](auto* kernel, auto vec, const KVCache& c, const Rows& to) {
     using Part = Heads<vec.value>;
-    start_overlapped(launch, kernel, ceil_div(p.num_tokens, kThreads / 32), kThreads, a,
-                     Part(a.cache.num_kv_heads, a.cache.k_dim),
-                     Part(a.cache.num_kv_heads, a.cache.v_dim));
+    const GatherArgs<vec.value> a{
+        {{Part(c.num_kv_heads, c.k_dim), c.k, c.k_page, c.k_token, c.k_head, c.k_scale, c.ks_page,
+          c.ks_token, p.k, to.k_token, to.k_head},
+         {Part(c.num_kv_heads, c.v_dim), c.v, c.v_page, c.v_token, c.v_head, c.v_scale, c.vs_page,
+          c.vs_token, p.v, to.v_token, to.v_head}},
+        p.tables,
+        p.places,
+        p.kv_start,
+        p.num_tokens,
+        c.num_pages,
+        block_shift(c.block_size),
+        error_flag(op, launch.device)};
+    TPD_CHECK(op, p.num_tokens < int64_t{1} << 30, p.num_tokens, " tokens, at most 2^30 - 1");
+    start_overlapped(launch, kernel, ceil_div(2 * p.num_tokens, kThreads / 32), kThreads, a);
   };
   constexpr std::integral_constant<int, 1> kOne;
   constexpr std::integral_constant<int, 8> kEight;
@@ -198,18 +208,16 @@ void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block
     dispatch_float(op, p.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       if (fp8_aligned<T>(p.cache, p.k, p.v, rows)) {
-        start(gather_kernel<__nv_fp8_e4m3, T, 8>, kEight);
+        start(gather_kernel<__nv_fp8_e4m3, T, 8>, kEight, p.cache, rows);
       } else {
-        start(gather_kernel<__nv_fp8_e4m3, T, 1>, kOne);
+        start(gather_kernel<__nv_fp8_e4m3, T, 1>, kOne, p.cache, rows);
       }
     });
   } else {
     const int64_t item = p.dtype == ScalarType::Float ? 4 : 2;
     dispatch_word(p.cache, p.k, p.v, rows, item, [&](auto* type, int64_t wide) {
       using Word = std::remove_pointer_t<decltype(type)>;
-      a.cache = in_words(p.cache, wide);
-      a.rows = in_words(rows, wide);
-      start(gather_kernel<Word, Word, 1>, kOne);
+      start(gather_kernel<Word, Word, 1>, kOne, in_words(p.cache, wide), in_words(rows, wide));
     });
   }
 }

@@ -124,6 +124,11 @@ __device__ __forceinline__ void store_shared16(uint32_t address, uint4 x) {
                : "memory");
 }
 
+// Brings the line of an address that may be read to the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // Programmatic dependent launch: the next kernel may start; wait for the previous one's writes.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

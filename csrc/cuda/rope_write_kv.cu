@@ -1,6 +1,6 @@
 // rope_write_kv: q/k norm, rotation and KV write in one pass over the merged projection. A group of
-// `lanes` threads takes one head of one token, or several at once with one read of cos and sin; a
-// thread holds both halves of each pair it rotates, so only the norm crosses lanes.
+// `lanes` threads takes one head of one token; a thread holds both halves of each pair it rotates,
+// so only the norm crosses lanes.
 #include <torch/csrc/stable/library.h>
 
 #include "cache.cuh"
@@ -25,7 +25,7 @@ struct RopeArgs {
   float eps, norm_offset;
   int lanes, lane_bits;  // lanes = 1 << lane_bits
   int heads;             // of a row of qkv: num_heads + 2 * num_kv_heads
-  FastDiv items{1};      // per token
+  FastDiv per_token{1};  // by `heads`
   int32_t* flag;
   int start[kMaxShards + 1];  // first KV head of a shard
 };
@@ -216,58 +216,41 @@ __device__ __forceinline__ void finish_head(const RopeArgs& a, int64_t token, co
   }
 }
 
-// No norm, or one per head: a group of lanes takes HEADS neighbouring heads of one token, all
-// loaded before the first is used.
-template <typename T, typename R, int VEC, int PAIRS, int HEADS>
+// No norm, or one per head: a group of lanes takes one head of one token. More heads a group would
+// share cos, sin and the norm weight, but those come from the L1 cache anyway, and fewer registers
+// let more groups be on their way.
+template <typename T, typename R, int VEC, int PAIRS>
 __global__ void __launch_bounds__(kThreads) rope_kernel(const __grid_constant__ RopeArgs a) {
   const int lane = threadIdx.x & (a.lanes - 1);
   const uint32_t item = (blockIdx.x * kThreads + threadIdx.x) >> a.lane_bits;
-  const int64_t token = a.items.div(item);
-  const int first = static_cast<int>(item - a.items.div(item) * a.items.divisor) * HEADS;
+  const int64_t token = a.per_token.div(item);
+  const int column = static_cast<int>(item - a.per_token.div(item) * a.per_token.divisor);
   const bool active = token < a.num_tokens;
   const auto columns = columns_of<VEC, PAIRS>(a, lane);
   after_previous();
   const int64_t place = active ? a.slots[token] : -1;
-  Part<T, VEC, PAIRS> parts[HEADS], weight;
-#pragma unroll
-  for (int h = 0; h < HEADS; ++h) {
-    const bool exists = active && first + h < a.heads;
-    read_part(a, columns, column_of<T>(a, token, exists ? first + h : 0), exists, parts[h]);
-  }
+  Part<T, VEC, PAIRS> part, weight;
+  read_part(a, columns, column_of<T>(a, token, column), active, part);
   Rotation<R, VEC> rotation;
   if (PAIRS == 1 && active) read_rotation(a, token, columns.at[0][0], rotation);
-  Head head = head_of(a, first);
-  const auto read_weight = [&] {
-    const void* norm = head.kind == kQuery ? a.q_norm : a.k_norm;
-    read_part(a, columns, static_cast<const T*>(norm), norm != nullptr && head.kind != kValue,
-              weight);
-  };
-  read_weight();
-  float factor[HEADS];
-#pragma unroll
-  for (int h = 0; h < HEADS; ++h) factor[h] = squares_of(parts[h]);
+  const Head head = head_of(a, column);
+  const void* norm = head.kind == kQuery ? a.q_norm : a.k_norm;
+  read_part(a, columns, static_cast<const T*>(norm), norm != nullptr && head.kind != kValue,
+            weight);
+  float factor[1] = {squares_of(part)};
   if (a.q_norm != nullptr) group_sums(factor, a.lanes);
+  factor[0] = rsqrtf(factor[0] / static_cast<float>(a.head_dim) + a.eps);
+  const Target target =
+      active ? target_of(a, token, place, head, sizeof(T), lane == 0) : Target{nullptr, nullptr};
+  if (PAIRS == 1) {
 #pragma unroll
-  for (int h = 0; h < HEADS; ++h) {
-    factor[h] = rsqrtf(factor[h] / static_cast<float>(a.head_dim) + a.eps);
-    const bool exists = active && first + h < a.heads;
-    if (h > 0 && exists) {
-      const Kind before = head.kind;
-      head = head_of(a, first + h);
-      if (head.kind != before) read_weight();
+    for (int i = 0; i < 2; ++i) {
+      keep_packed(part.at[0][i]), keep_packed(weight.at[0][i]);
+      keep_packed(rotation.cos[i]), keep_packed(rotation.sin[i]);
     }
-    const Target target =
-        exists ? target_of(a, token, place, head, sizeof(T), lane == 0) : Target{nullptr, nullptr};
-    if (PAIRS == 1) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        keep_packed(parts[h].at[0][i]), keep_packed(weight.at[0][i]);
-        keep_packed(rotation.cos[i]), keep_packed(rotation.sin[i]);
-      }
-    }
-    finish_head<T, R, VEC, PAIRS>(a, token, target, head.kind, lane, columns, parts[h], weight,
-                                  factor[h], rotation);
   }
+  finish_head<T, R, VEC, PAIRS>(a, token, target, head.kind, lane, columns, part, weight, factor[0],
+                                rotation);
 }
 
 // One norm over all q heads and one over all k heads: a block per token, which reads q and k again
@@ -327,30 +310,20 @@ bool fits(const RopeWriteKV& p) {
   return yes;
 }
 
-template <typename T, typename R, int VEC, int PAIRS, int HEADS>
-void launch_heads(RopeArgs& a, const Launch& launch) {
-  const int64_t items = ceil_div(a.heads, HEADS);
-  const int64_t blocks = ceil_div(a.num_tokens * items * a.lanes, kThreads);
-  TPD_CHECK(launch.op, blocks * kThreads < (int64_t{1} << 31), a.num_tokens, " tokens x ", a.heads,
-            " heads, too many threads for one launch");
-  a.items = FastDiv(items);
-  start_overlapped(launch, rope_kernel<T, R, VEC, PAIRS, HEADS>, blocks, kThreads, a);
-}
-
 template <typename T, typename R, int VEC, int PAIRS>
 void launch_kernel(RopeArgs& a, const Launch& launch) {
   a.lanes = lanes_for(ceil_div(a.head_dim, 2 * VEC));
   while (1 << a.lane_bits < a.lanes) ++a.lane_bits;
-  // With few heads in all every head gets its own lanes.
-  const bool few = a.num_tokens * a.heads * a.lanes <= launch.info.num_sms * int64_t{512};
   if (a.norm_whole) {
     TPD_CHECK(launch.op, a.num_tokens < (int64_t{1} << 31), a.num_tokens, " tokens are too many");
     start_overlapped(launch, rope_whole_kernel<T, R, VEC, PAIRS>, a.num_tokens, kThreads, a);
-  } else if (PAIRS > 1 || few) {
-    launch_heads<T, R, VEC, PAIRS, 1>(a, launch);
-  } else {
-    launch_heads<T, R, VEC, PAIRS, PAIRS == 1 ? 4 : 1>(a, launch);
+    return;
   }
+  const int64_t blocks = ceil_div(a.num_tokens * a.heads * a.lanes, kThreads);
+  TPD_CHECK(launch.op, blocks * kThreads < (int64_t{1} << 31), a.num_tokens, " tokens x ", a.heads,
+            " heads, too many threads for one launch");
+  a.per_token = FastDiv(a.heads);
+  start_overlapped(launch, rope_kernel<T, R, VEC, PAIRS>, blocks, kThreads, a);
 }
 
 template <typename T, typename R>

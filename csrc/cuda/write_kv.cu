@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
                  const __grid_constant__ Heads<1> v_heads) {
   const int lane = threadIdx.x % 32;
   const int64_t token = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
-  if (lane == 0 && token < a.num_tokens) prefetch_l2(a.slots + token);
+  if (lane == 0 && token < a.num_tokens) ptx::prefetch_l2(a.slots + token);
   after_previous();
   if (token >= a.num_tokens) return;
   const KVCache& c = a.cache;
@@ -60,79 +60,63 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Heads of a group of lanes in flight, and accesses of each per lane.
-constexpr int kFp8Heads = 4, kFp8Held = 2, kFp8Vec = 8;
+// Accesses of one head per lane.
+constexpr int kFp8Held = 2, kFp8Vec = 8;
 
-// A float8 cache: a group of lanes holds kFp8Heads heads of a token, finds the largest magnitude of
-// each and stores them scaled.
+// A float8 cache: a group of lanes holds one head of a token, finds its largest magnitude and
+// stores it scaled.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     write_fp8_kernel(const __grid_constant__ WriteArgs a, const int lane_bits,
-                     const FastDiv groups) {
+                     const FastDiv heads) {
   const int lanes = 1 << lane_bits, lane = threadIdx.x & (lanes - 1);
   const uint32_t item = (blockIdx.x * kThreads + threadIdx.x) >> lane_bits;
-  const int64_t token = groups.div(item);
-  const int first = static_cast<int>(item - groups.div(item) * groups.divisor) * kFp8Heads;
+  const int64_t token = heads.div(item);
+  const int index = static_cast<int>(item - heads.div(item) * heads.divisor);
   const bool active = token < a.num_tokens;
-  if (lane == 0 && active) prefetch_l2(a.slots + token);
   after_previous();
   const KVCache& c = a.cache;
   const int kv_heads = static_cast<int>(c.num_kv_heads);
+  const bool is_k = index < kv_heads;
+  const int head = is_k ? index : index - kv_heads;
+  const int dim = static_cast<int>(is_k ? c.k_dim : c.v_dim);
   const int64_t place = active ? a.slots[token] : -1;
-  Vec<T, kFp8Vec> in[kFp8Heads][kFp8Held];
-  float amax[kFp8Heads];
+  const T* from = is_k ? static_cast<const T*>(a.k) + token * a.rows.k_token + head * a.rows.k_head
+                       : static_cast<const T*>(a.v) + token * a.rows.v_token + head * a.rows.v_head;
+  Vec<T, kFp8Vec> in[kFp8Held];
 #pragma unroll
-  for (int h = 0; h < kFp8Heads; ++h) {
-    const bool is_k = first + h < kv_heads;
-    const int head = is_k ? first + h : first + h - kv_heads;
-    const T* from =
-        is_k ? static_cast<const T*>(a.k) + token * a.rows.k_token + head * a.rows.k_head
-             : static_cast<const T*>(a.v) + token * a.rows.v_token + head * a.rows.v_head;
-#pragma unroll
-    for (int i = 0; i < kFp8Held; ++i) {
-      const int column = (lane + i * lanes) * kFp8Vec;
-      in[h][i] = {};
-      if (active && head < kv_heads && column < (is_k ? c.k_dim : c.v_dim)) {
-        in[h][i] = load_vec<kFp8Vec>(from + column);
-      }
-    }
+  for (int i = 0; i < kFp8Held; ++i) {
+    const int column = (lane + i * lanes) * kFp8Vec;
+    in[i] = {};
+    if (active && column < dim) in[i] = load_vec<kFp8Vec>(from + column);
   }
+  float amax[1] = {0.0f};
 #pragma unroll
-  for (int h = 0; h < kFp8Heads; ++h) {
-    amax[h] = 0.0f;
+  for (int i = 0; i < kFp8Held; ++i) {
 #pragma unroll
-    for (int i = 0; i < kFp8Held; ++i) {
-#pragma unroll
-      for (int e = 0; e < kFp8Vec; ++e) amax[h] = fmaxf(amax[h], fabsf(to_float(in[h][i].at[e])));
-    }
+    for (int e = 0; e < kFp8Vec; ++e) amax[0] = fmaxf(amax[0], fabsf(to_float(in[i].at[e])));
   }
   group_maxima(amax, lanes);
-  const Slot slot = locate_slot(c, place, a.flag, kWriteKV, first == 0 && lane == 0);
+  const Slot slot = locate_slot(c, place, a.flag, kWriteKV, index == 0 && lane == 0);
   if (slot.page < 0) return;
+  const float scale = fp8_scale(amax[0]);
+  const Quotient quotient(scale);
+  __nv_fp8_e4m3* to = is_k ? static_cast<__nv_fp8_e4m3*>(c.k) + slot.page * c.k_page +
+                                 slot.token * c.k_token + head * c.k_head
+                           : static_cast<__nv_fp8_e4m3*>(c.v) + slot.page * c.v_page +
+                                 slot.token * c.v_token + head * c.v_head;
 #pragma unroll
-  for (int h = 0; h < kFp8Heads; ++h) {
-    const bool is_k = first + h < kv_heads;
-    const int head = is_k ? first + h : first + h - kv_heads;
-    if (head >= kv_heads) continue;
-    const float scale = fp8_scale(amax[h]);
-    const Quotient quotient(scale);
-    __nv_fp8_e4m3* to = is_k ? static_cast<__nv_fp8_e4m3*>(c.k) + slot.page * c.k_page +
-                                   slot.token * c.k_token + head * c.k_head
-                             : static_cast<__nv_fp8_e4m3*>(c.v) + slot.page * c.v_page +
-                                   slot.token * c.v_token + head * c.v_head;
-#pragma unroll
-    for (int i = 0; i < kFp8Held; ++i) {
-      const int column = (lane + i * lanes) * kFp8Vec;
-      if (column >= (is_k ? c.k_dim : c.v_dim)) continue;
-      float x[kFp8Vec];
-      keep_packed(in[h][i]);
-      widen(in[h][i], x);
-      store_vec(to + column, quantize(x, quotient));
-    }
-    if (lane == 0) {
-      (is_k ? c.k_scale + slot.page * c.ks_page + slot.token * c.ks_token
-            : c.v_scale + slot.page * c.vs_page + slot.token * c.vs_token)[head] = scale;
-    }
+  for (int i = 0; i < kFp8Held; ++i) {
+    const int column = (lane + i * lanes) * kFp8Vec;
+    if (column >= dim) continue;
+    float x[kFp8Vec];
+    keep_packed(in[i]);
+    widen(in[i], x);
+    store_vec(to + column, quantize(x, quotient));
+  }
+  if (lane == 0) {
+    (is_k ? c.k_scale + slot.page * c.ks_page + slot.token * c.ks_token
+          : c.v_scale + slot.page * c.vs_page + slot.token * c.vs_token)[head] = scale;
   }
 }
 
@@ -186,12 +170,11 @@ void launch_fp8(const WriteKV& p, const WriteArgs& a, const Launch& launch) {
   const int64_t heads = 2 * p.cache.num_kv_heads;
   const int64_t dim = std::max(p.cache.k_dim, p.cache.v_dim);
   if (fp8_aligned<T>(p.cache, p.k, p.v, a.rows) && dim <= 32 * kFp8Held * kFp8Vec) {
-    const int64_t groups = ceil_div(heads, kFp8Heads);
     int lane_bits = 0;
     while (dim > (kFp8Held * kFp8Vec) << lane_bits) ++lane_bits;
-    const int64_t blocks = ceil_div(p.num_tokens * groups << lane_bits, kThreads);
+    const int64_t blocks = ceil_div(p.num_tokens * heads << lane_bits, kThreads);
     check_count(blocks * kThreads);
-    start_overlapped(launch, write_fp8_kernel<T>, blocks, kThreads, a, lane_bits, FastDiv(groups));
+    start_overlapped(launch, write_fp8_kernel<T>, blocks, kThreads, a, lane_bits, FastDiv(heads));
     return;
   }
   const int lanes = lanes_for(dim);
