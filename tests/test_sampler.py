@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from torch_pd.engine import sampler as sampler_module
 from torch_pd.engine.draw import UNDECIDED, Draws, best, derive_seed, draw_filtered, mix, uniforms
-from torch_pd.engine.sampler import Sampler, SamplingRow, TokenCounts, report
+from torch_pd.engine.logprobs import report
+from torch_pd.engine.sampler import Sampler
+from torch_pd.engine.sampling_row import SamplingRow, TokenCounts
 from torch_pd.request import SamplingParams
 
 NEAR = 1e-5

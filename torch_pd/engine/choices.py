@@ -3,7 +3,7 @@
 import numpy as np
 
 from torch_pd.engine.plan import Plan
-from torch_pd.engine.sampler import SamplingRow
+from torch_pd.engine.sampling_row import SamplingRow
 from torch_pd.engine.tables import Tables
 
 PLAIN, ADJUSTED, HOST = range(3)

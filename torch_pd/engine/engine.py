@@ -28,7 +28,8 @@ from torch_pd.engine.memory import (
     storage_bytes,
 )
 from torch_pd.engine.runner import NONE, Runner
-from torch_pd.engine.sampler import Sampler, SamplingRow, bad_logits
+from torch_pd.engine.sampler import Sampler
+from torch_pd.engine.sampling_row import SamplingRow, bad_logits
 from torch_pd.engine.scheduler import Plan, Scheduler
 from torch_pd.engine.sequence import Sequence, Status
 from torch_pd.engine.stage import Stage

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 
 from torch_pd.engine.detokenizer import Detokenizer
-from torch_pd.engine.sampler import SamplingRow
+from torch_pd.engine.sampling_row import SamplingRow
 from torch_pd.engine.sequence import Sequence
 from torch_pd.request import (
     CompletionOutput,

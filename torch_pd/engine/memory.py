@@ -10,7 +10,8 @@ from torch_pd import ops
 from torch_pd.config import EngineConfig
 from torch_pd.context import Batch, GroupBatch
 from torch_pd.engine.graphs import bucket_sizes, largest_graph
-from torch_pd.engine.sampler import SLICE, report
+from torch_pd.engine.logprobs import report
+from torch_pd.engine.sampler import SLICE
 from torch_pd.nn.patch import forward_packed, new_pool
 from torch_pd.sizing import Ledger, staging_bytes
 

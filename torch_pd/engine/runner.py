@@ -20,7 +20,8 @@ from torch_pd.context import Batch, GroupBatch
 from torch_pd.engine.choices import HOST, PLAIN, Choices
 from torch_pd.engine.graphs import DecodeGraphs, bucket_sizes, largest_graph
 from torch_pd.engine.lockstep import CommonStep
-from torch_pd.engine.sampler import SLICE, Sampler, SamplerOutput, SamplingRow
+from torch_pd.engine.sampler import SLICE, Sampler, SamplerOutput
+from torch_pd.engine.sampling_row import SamplingRow
 from torch_pd.engine.scheduler import Plan, Scheduler
 from torch_pd.engine.stage import Stage
 from torch_pd.engine.staging import Staging

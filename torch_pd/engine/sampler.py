@@ -5,7 +5,7 @@ then greedy rows take the best token, and the others go through temperature, min
 the draw. On a GPU `ops.adjust_logits` and `ops.sample` do the work, with the same results.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,110 +13,15 @@ import torch
 from torch import Tensor
 
 from torch_pd import ops
-from torch_pd.engine.draw import UNDECIDED, Draws, best, draw, draw_filtered, ranked, uniforms
-from torch_pd.request import Logprob, SamplingParams
+from torch_pd.engine.draw import UNDECIDED, Draws, best, draw, draw_filtered, uniforms
+from torch_pd.engine.logprobs import report
+from torch_pd.engine.sampling_row import SamplingRow, bad_logits
+from torch_pd.request import Logprob
 
 CANDIDATES = 1024
 """Tokens that top_p looks at before it sorts the whole vocabulary."""
 SLICE = 64
 """Rows handled at once where a whole sorted vocabulary is held for each."""
-
-
-class TokenCounts:
-    """The distinct tokens of one sequence and how often each is in its output, kept token by token
-    so that penalties never count anew."""
-
-    def __init__(self, prompt_ids: Iterable[int] = ()):
-        self._place = {token: place for place, token in enumerate(dict.fromkeys(prompt_ids))}
-        self._size = len(self._place)
-        capacity = self._size + 64
-        self._tokens = np.zeros(capacity, dtype=np.int64)
-        self._tokens[: self._size] = list(self._place)
-        self._counts = np.zeros(capacity, dtype=np.int64)
-
-    def append(self, token: int) -> None:
-        """Counts one more output token."""
-        place = self._place.setdefault(token, self._size)
-        if place == self._size:
-            if self._size == len(self._tokens):
-                self._tokens = np.concatenate((self._tokens, np.zeros_like(self._tokens)))
-                self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
-            self._tokens[place] = token
-            self._size += 1
-        self._counts[place] += 1
-
-    def place(self, token: int) -> int:
-        """Where ``tokens`` holds a token, -1 if it does not."""
-        return self._place.get(token, -1)
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """int64 [m], each token once."""
-        return self._tokens[: self._size]
-
-    @property
-    def counts(self) -> np.ndarray:
-        """int64 [m], 0 for tokens that only the prompt has."""
-        return self._counts[: self._size]
-
-
-class SamplingRow:
-    """What the sampler needs to know of one running sequence; lives as long as the sequence.
-
-    Args:
-        params: of the request; ids in it lie inside the vocabulary (`check_vocabulary`).
-        prompt_ids: token ids of the prompt.
-        seed: of the request, its own or `draw.derive_seed`.
-        index: which of the request's n sequences this is.
-        request_id: named in errors.
-    """
-
-    __slots__ = ("counts", "index", "params", "plain", "position", "request_id", "seed")
-
-    def __init__(
-        self,
-        params: SamplingParams,
-        prompt_ids: Sequence[int],
-        *,
-        seed: int,
-        index: int = 0,
-        request_id: str = "",
-    ):
-        self.params = params
-        self.seed = seed & (1 << 64) - 1
-        self.index = index
-        self.request_id = request_id
-        self.position = 0
-        """Output tokens so far."""
-        self.counts: TokenCounts | None = None
-        if params.penalised:
-            # Presence and frequency look at the output only.
-            self.counts = TokenCounts(prompt_ids if params.repetition_penalty != 1.0 else ())
-        self.plain = (
-            (params.greedy or params.top_k == 1)
-            and self.counts is None
-            and not params.logit_bias
-            and params.min_tokens == 0
-            and params.logprobs is None
-        )
-        """True if the best token of the raw logits is all that is wanted."""
-
-    @property
-    def adjusted(self) -> bool:
-        """True if some logits are changed before the choice, in a way known ahead."""
-        return bool(self.params.logit_bias) or self.params.min_tokens > 0
-
-    @property
-    def on_host(self) -> bool:
-        """True if every token must be known before the next one can be drawn, or log-probabilities
-        are wanted."""
-        return self.counts is not None or self.params.logprobs is not None
-
-    def append(self, token: int) -> None:
-        """Tells the row its next output token."""
-        self.position += 1
-        if self.counts is not None:
-            self.counts.append(token)
 
 
 @dataclass(slots=True)
@@ -328,49 +233,6 @@ class Adjustments:
         columns = (self.entries, self.bias, self.penalties)
         ops.adjust_logits(adjusted, *(torch.from_numpy(x).to(logits.device) for x in columns))
         return adjusted
-
-
-def bad_logits(row: SamplingRow) -> str:
-    """The message for a row whose logits allow no choice."""
-    return (
-        f"the logits of request {row.request_id!r} at output token {row.position} hold NaN or "
-        "infinity, or allow no token"
-    )
-
-
-def report(raw: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[dict[int, Logprob]]:
-    """Log-probabilities by the raw logits ``raw [n, V]``: of each row the token of ``tokens``
-    first, then the ``counts`` best (-1: all). Ranks count equals by rising id: all are distinct.
-    """
-    vocab = raw.shape[1]
-    counts = [vocab if count == -1 else count for count in counts]
-    chosen_ids = _index(tokens, raw)[:, None]
-    scale = raw.logsumexp(dim=1, keepdim=True)
-    chosen = raw.gather(1, chosen_ids)
-    before = torch.arange(vocab, device=raw.device) < chosen_ids
-    ranks = 1 + ((raw > chosen) | ((raw == chosen) & before)).sum(dim=1)
-    width = max(counts)
-    values, ids = _top(raw, width)
-    best_ids, best_values = ids.tolist(), (values - scale).tolist()
-    result = []
-    for i, (value, rank) in enumerate(
-        zip((chosen - scale)[:, 0].tolist(), ranks.tolist(), strict=True)
-    ):
-        entry = {tokens[i]: Logprob(value, rank)}
-        for place in range(counts[i]):
-            entry.setdefault(best_ids[i][place], Logprob(best_values[i][place], place + 1))
-        result.append(entry)
-    return result
-
-
-def _top(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Exactly the first ``count`` of the canonical order (`ranked`), which candidates may tie out
-    of; then all is sorted."""
-    width = min(x.shape[1], 2 * count + 16)
-    values, ids = ranked(x, width)
-    if 0 < count < width < x.shape[1] and bool((values[:, count - 1] == values[:, -1]).any()):
-        values, ids = ranked(x, x.shape[1])
-    return values[:, :count], ids[:, :count]
 
 
 @dataclass(slots=True)
