@@ -84,6 +84,19 @@ def test_tiny_pools_give_the_same_tokens(model, page_bytes, tmp_path, caching):
         assert stats["disk_written_bytes"] > 0
 
 
+def test_float8_pages_swap_with_their_scales(model):
+    prompts, params = work(30, seed=7)
+    base = {"kv_cache_dtype": "fp8", "max_num_seqs": 8}
+    with LLM(model, kv_cache_gib=0.01, max_model_len=64, **base) as llm:
+        gib = llm.engine.pool.page_bytes * PAGE_GIB
+    expected, _ = run(model, prompts, params, kv_cache_gib=0.05, **base)
+    outputs, stats = run(
+        model, prompts, params, kv_cache_gib=13.5 * gib, host_kv_gib=24.5 * gib, **base
+    )
+    assert outputs == expected
+    assert stats["moved_in_bytes"] > 0
+
+
 def test_a_sequence_larger_than_the_gpu_pool(model, page_bytes):
     """Decoding reads the older pages where they are, prefill gathers them."""
     rng = random.Random(5)

@@ -163,6 +163,13 @@ class Engine:
             budget, setting = 2 * shape.page_bytes, "a rank without requests"
         num_pages = pages_of_budget(shape, budget, setting)
         host_pages, disk_pages = self._tier_pages(shape.page_bytes) if self.serves else (0, 0)
+        longest = -(-min(model_max, config.max_model_len or model_max) // config.block_size)
+        longest = min(longest, num_pages + host_pages - 2)
+        if host_pages and longest >= num_pages and config.kv_cache_gib is None:
+            # Prefill gathers what lies on the host (engine/stage.py).
+            plain = kv_shape(model, config.block_size, "auto")
+            stage = Stage.nbytes(plain.page_bytes, plain.num_layers, longest)
+            num_pages = max(2, num_pages - -(-stage // shape.page_bytes))
         self.max_model_len, remark = fit_model_len(
             model_max,
             config.max_model_len,
@@ -178,12 +185,6 @@ class Engine:
             num_pages = min(
                 num_pages, most_pages(config.max_num_seqs, self.max_model_len, config.block_size)
             )
-        longest = -(-self.max_model_len // config.block_size)
-        if host_pages and longest >= num_pages and config.kv_cache_gib is None:
-            # Prefill gathers what lies on the host (engine/stage.py).
-            plain = kv_shape(model, config.block_size, "auto")
-            stage = Stage.nbytes(plain.page_bytes, plain.num_layers, longest)
-            num_pages = max(2, num_pages - -(-stage // shape.page_bytes))
         self.pool = new_pool(model, num_pages, config.block_size, config.kv_cache_dtype)
         self.allocator = PageAllocator(
             num_pages, enable_prefix_caching=config.enable_prefix_caching

@@ -52,8 +52,8 @@ class DiskTier:
             logger.warning("%s: no O_DIRECT there, so pages pass through the page cache", setting)
         if not self._file.reserved:
             logger.warning(
-                "%s: the file system cannot reserve the file's space, so a full disk shows only when "
-                "pages are written",
+                "%s: the file system cannot reserve the file's space, so a full disk shows only "
+                "when pages are written",
                 setting,
             )
         self._jobs: dict[int, DiskJob] = {}
