@@ -21,10 +21,10 @@ Integers only, no torch. The whole policy:
    draws its own first token; whoever writes to a page that others hold too gets a copy first
    (``Plan.copies``). A child without a row waits without pages, as if it were preempted.
 7. With tiers under the pool (`Tiers`), whoever gives way goes to the host pool where that is
-   cheaper than computing it again, some steps ahead of need, and comes back in its place. A sequence
-   whose pages have to be moved in has them at once but runs when they have come (``arriving``); only if
-   there is nothing else to do does the step wait for them. One that is larger than the pool leaves
-   its oldest pages on the host.
+   cheaper than computing it again, some steps ahead of need, and comes back in its place. A
+   sequence whose pages have to be moved in holds them at once but runs when they have come
+   (``arriving``); only if there is nothing else to do does the step wait for them. One that is
+   larger than the pool leaves its oldest pages on the host.
 """
 
 from collections import Counter, deque
