@@ -57,6 +57,8 @@ class CMakeBuild(build_ext):
         if not any(shutil.which(tool) for tool in ("cmake",)):
             raise SystemExit("cmake not found: pip install cmake ninja")
         cuda = any(extension.name == CUDA_MODULE for extension in self.extensions)
+        if not cuda:  # one of an earlier build would go into the wheel
+            (Path(self.build_lib) / f"{CUDA_MODULE.replace('.', '/')}.so").unlink(missing_ok=True)
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         args = [
