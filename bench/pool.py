@@ -199,6 +199,7 @@ def generate(args: argparse.Namespace) -> list[dict]:
     start = time.perf_counter()
     with LLM(folder, load_format="dummy", weights="pooled", **ranks, **settings) as llm:
         started = time.perf_counter() - start
+        print(f"ready after {started:.1f} s", flush=True)
         found = []
         for round in range(args.rounds):
             start = time.perf_counter()
