@@ -18,7 +18,6 @@ def dense(
         vocab=vocab,
         itemsize=2,
         layer_params=layers * (attention + 3 * hidden * wide),
-        largest_linear=2 * hidden * wide,
         max_position=40960,
     )
 

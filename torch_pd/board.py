@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch_pd._runtime as _runtime
 
-MAX_RANKS = 16
 _DIGEST_BITS = 40
 
 

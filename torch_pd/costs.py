@@ -73,8 +73,6 @@ class ModelShape:
     itemsize: int
     layer_params: int
     """Of the linears of all layers that can be pooled: attention and gated MLPs."""
-    largest_linear: int
-    """Of one merged linear of a layer."""
     expert_params: int = 0
     expert_share: float = 0.0
     """Of the experts that a token uses."""

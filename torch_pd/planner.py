@@ -488,7 +488,6 @@ def shape_of(model: Any, itemsize: int) -> ModelShape:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = bool(head is None or config.tie_word_embeddings)
     linears = expert_params = total = 0
-    per_input: dict[tuple[str, int], int] = {}
     for name, module in model.named_modules():
         if module in (embedding, head):
             continue
@@ -499,9 +498,6 @@ def shape_of(model: Any, itemsize: int) -> ModelShape:
                 expert_params += parameter.numel()
             elif isinstance(module, nn.Linear) and parameter.dim() == 2:
                 linears += parameter.numel()
-                # Linears of one parent and one input become one: q, k, v and gate, up.
-                parent = (name.rpartition(".")[0], parameter.shape[1])
-                per_input[parent] = per_input.get(parent, 0) + parameter.numel()
     heads = config.num_attention_heads
     hidden = config.hidden_size
     experts = next(
@@ -519,7 +515,6 @@ def shape_of(model: Any, itemsize: int) -> ModelShape:
         vocab=embedding.weight.shape[0],
         itemsize=itemsize,
         layer_params=linears,
-        largest_linear=max(per_input.values(), default=0),
         expert_params=expert_params,
         expert_share=per_token / experts if experts else 0.0,
         tied=tied,

@@ -185,10 +185,6 @@ class PageAllocator:
         self._digest_of[page] = digest
         return True
 
-    def digest_of(self, page: int) -> bytes | None:
-        """The digest that a page is published under, None if it is not."""
-        return self._digest_of.get(page)
-
     def holds(self, digest: bytes) -> bool:
         """Whether ``lookup`` would find this digest."""
         return digest in self._page_of
