@@ -24,8 +24,8 @@ from pool import SHAPES
 from torch import Tensor
 from torch.nn.functional import linear
 
+from torch_pd.peer import PeerMemory
 from torch_pd.weights.layout import LINEARS, Layout, ModelDims, make_layout
-from torch_pd.weights.peer import PeerMemory
 from torch_pd.weights.pool import WeightPool
 from torch_pd.weights.ring import Ring, RingItem, default_ring_bytes, item_copies, plan_ring
 

@@ -19,7 +19,7 @@ ORDER = [
     ["config"],
     ["request"],
     ["ops"],
-    ["board"],
+    ["board", "peer"],
     ["dist", "launch"],
     ["sizing"],
     ["costs"],

@@ -17,8 +17,8 @@ from test_ship import Sequences, make_pools
 from torch_pd import patch_model
 from torch_pd.nn.patch import patch_state
 from torch_pd.nn.pooled import pool_model
+from torch_pd.peer import PeerMemory, check_links
 from torch_pd.weights.layout import LINEARS
-from torch_pd.weights.peer import PeerMemory, check_links
 from torch_pd.weights.ring import Ring
 from torch_pd.weights.source import Resident
 
@@ -113,7 +113,7 @@ def test_an_owner_that_is_killed_leaves_its_reader_sound():
 def test_a_peer_that_never_comes():
     memory = PeerMemory("cpu")
     memory.allocate(10)
-    with pytest.raises(TimeoutError, match="rank 1 did not offer its weights"):
+    with pytest.raises(TimeoutError, match="rank 1 did not offer its memory"):
         memory.connect(uuid.uuid4().hex, 0, 2, timeout_s=0.1)
     memory.close()
     memory.close()

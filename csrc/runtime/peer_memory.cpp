@@ -6,7 +6,7 @@
 // (After CUDA IPC, freeing an exported block that a peer has open is undefined.)
 //
 // The driver's functions are looked up when they are first needed, so the module loads without a
-// GPU. On the CPU the same is done with memfd and mmap, which Python has (weights/peer.py).
+// GPU. On the CPU the same is done with memfd and mmap, which Python has (peer.py).
 #include "runtime/bindings.h"
 #include "runtime/cuda_call.h"
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from torch_pd.peer import PeerMemory
 from torch_pd.weights.layout import LINEARS, ModelDims, make_layout
-from torch_pd.weights.peer import PeerMemory
 from torch_pd.weights.pool import WeightPool
 from torch_pd.weights.ring import Ring, ring_items
 from torch_pd.weights.source import Resident

@@ -17,11 +17,11 @@ from torch_pd.nn.patch import patch_model
 from torch_pd.nn.pooled import pool_model
 from torch_pd.nn.pooled_model import load_pooled
 from torch_pd.nn.twin import fused_blocks
+from torch_pd.peer import PeerMemory
 from torch_pd.planner import plan_settings, shape_of
 from torch_pd.sizing import GIB
 from torch_pd.weights.layout import group_of
 from torch_pd.weights.loader import read_config, resolve_dtype, resolve_format
-from torch_pd.weights.peer import PeerMemory
 from torch_pd.weights.ship import Exchange
 from torch_pd.weights.skeleton import build_skeleton
 from torch_pd.weights.source import Resident

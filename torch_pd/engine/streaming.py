@@ -9,10 +9,10 @@ from torch_pd.config import EngineConfig
 from torch_pd.costs import Costs, ModelShape
 from torch_pd.dist import World
 from torch_pd.engine.lockstep import CommonStep
+from torch_pd.peer import PeerMemory, check_links
 from torch_pd.sizing import GIB
 from torch_pd.weights.choice import Choice
 from torch_pd.weights.machine import machine_of
-from torch_pd.weights.peer import PeerMemory, check_links
 from torch_pd.weights.ring import Ring
 
 if TYPE_CHECKING:

@@ -149,7 +149,7 @@ class PeerMemory:
                 except (ConnectionError, TimeoutError) as error:
                     if time.monotonic() > deadline:
                         raise TimeoutError(
-                            f"rank {other} did not offer its weights in time ({error})"
+                            f"rank {other} did not offer its memory in time ({error})"
                         ) from error
                     time.sleep(_RETRY_S)
                     continue
