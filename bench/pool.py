@@ -1,14 +1,15 @@
 """Weights shared by several ranks: what a shipped step costs, and what comes out end to end.
 
     torchrun --nproc-per-node 4 bench/pool.py linears [--rows 16 64 256 512] [--json FILE]
-    torchrun --nproc-per-node 4 bench/pool.py exchanges
+    torchrun --nproc-per-node 4 bench/pool.py exchanges [--mailbox 0 1048576]
     python bench/pool.py generate --ranks 4 [--prompts 2048 --input 128 --output 512]
 
 ``linears``: all linears of one step (no norms, no attention) over shards of random weights, every
 rank with the same number of rows: the exchanges with the other ranks and the parts of the linears,
-replayed as one CUDA graph. ``exchanges``: the four exchanges alone. ``generate``: the LLM with
-random weights and prompts, lengths uniform within 50% of the mean; the ranks are spawned, or are
-torchrun's. Without GPUs all of it runs on the CPU over gloo; give a small ``--shape``.
+replayed as one CUDA graph. ``exchanges``: the four exchanges alone. ``--mailbox``: bytes of the
+largest message that goes by mapped memory, one after the other; 0 is NCCL alone. ``generate``: the
+LLM with random weights and prompts, lengths uniform within 50% of the mean; the ranks are spawned,
+or are torchrun's. Without GPUs all of it runs on the CPU over gloo; give a small ``--shape``.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import random
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from torch_pd import LLM, SamplingParams
 from torch_pd.nn.attention import Pass
 from torch_pd.nn.pooled import PooledAttention, PooledMLP, Shared
 from torch_pd.weights.layout import ModelDims, make_layout
+from torch_pd.weights.mailbox import LIMIT, Mailbox
 from torch_pd.weights.pool import WeightPool
 from torch_pd.weights.ship import Exchange
 
@@ -38,6 +41,8 @@ SHAPES = {
     "llama-70b": ModelDims(80, 8192, 64, 8, 128, 28672, 128256, 2),
     "tiny": ModelDims(2, 64, 8, 4, 8, 256, 512, 2),
 }
+
+Boxes = list[Mailbox | None]
 
 
 class NoAttention:
@@ -85,19 +90,20 @@ class Timer:
 
     CALLS = 4
 
-    def __init__(self, exchange: Exchange, device: torch.device) -> None:
-        self.exchange, self.device = exchange, device
+    def __init__(self, exchange: Exchange, device: torch.device, eager: bool = True) -> None:
+        self.exchange, self.device, self.eager = exchange, device, eager
 
     def __call__(self, call: Callable[[], Any], repeats: int = 10) -> dict[str, float]:
         """On a GPU as a graph and by single launches, elsewhere just run."""
         with torch.no_grad():
             if self.device.type == "cpu":
                 return {"eager": self._median(call, repeats)}
-            eager = self._median(call, repeats)
+            eager = {"eager": self._median(call, repeats)} if self.eager else {}
+            call()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 call()
-            return {"graph": self._median(graph.replay, repeats), "eager": eager}
+            return {"graph": self._median(graph.replay, repeats), **eager}
 
     def _median(self, call: Callable[[], Any], repeats: int) -> float:
         call()
@@ -122,19 +128,24 @@ class Timer:
             torch.cuda.synchronize()
 
 
-def linears(dims: ModelDims, exchange: Exchange, timer: Timer, rows: list[int]) -> list[dict]:
+def linears(
+    dims: ModelDims, exchange: Exchange, timer: Timer, rows: list[int], boxes: Boxes
+) -> list[dict]:
     step = Step(dims, exchange, timer.device)
     found = []
     for count in rows:
         x = torch.randn(count, dims.hidden_size, device=timer.device).bfloat16()
         step.running.rows = [count] * exchange.size
-        times = timer(lambda x=x: step(x))
-        found.append({"what": "linears", "rows": count, **times})
-        show(exchange, found[-1])
+        for exchange.mailbox in boxes:
+            times = timer(lambda x=x: step(x))
+            found.append({"what": "linears", "rows": count, **times})
+            show(exchange, found[-1])
     return found
 
 
-def exchanges(dims: ModelDims, exchange: Exchange, timer: Timer, rows: list[int]) -> list[dict]:
+def exchanges(
+    dims: ModelDims, exchange: Exchange, timer: Timer, rows: list[int], boxes: Boxes
+) -> list[dict]:
     size, repeats = exchange.size, 50
     layout = make_layout(dims, size, exchange.rank)
     query = dims.num_heads // dims.num_kv_heads * dims.head_dim
@@ -149,11 +160,11 @@ def exchanges(dims: ModelDims, exchange: Exchange, timer: Timer, rows: list[int]
             return torch.ones(*shape, device=timer.device, dtype=torch.bfloat16)
 
         x, y = new(count, dims.hidden_size), new(count * size, dims.hidden_size)
-        part, packed = new(count * size, qkv[exchange.rank]), new(count * sum(out))
+        part, whole = new(count * size, qkv[exchange.rank]), new(count, sum(out))
         calls = {
             "gather": lambda x=x, every=every: exchange.gather(x, every, qkv),
             "to_tokens": lambda x=part, every=every: exchange.to_tokens(x, every, qkv),
-            "to_owners": lambda x=packed, every=every: exchange.to_owners(x, every, out),
+            "to_owners": lambda x=whole, every=every: exchange.to_owners(x, every, out),
             "scatter_sum": lambda x=y, every=every: exchange.scatter_sum(x, every, qkv),
         }
         for name, call in calls.items():
@@ -162,9 +173,10 @@ def exchanges(dims: ModelDims, exchange: Exchange, timer: Timer, rows: list[int]
                 for _ in range(repeats):
                     call()
 
-            times = {key: ms / repeats for key, ms in timer(many, 10).items()}
-            found.append({"what": name, "rows": count, **times})
-            show(exchange, found[-1])
+            for exchange.mailbox in boxes:
+                times = {key: ms / repeats for key, ms in timer(many, 10).items()}
+                found.append({"what": name, "rows": count, **times})
+                show(exchange, found[-1])
     return found
 
 
@@ -234,9 +246,13 @@ def generate(args: argparse.Namespace) -> list[dict]:
 
 
 def show(exchange: Exchange, row: dict) -> None:
+    row["mailbox"] = exchange.mailbox.limit if exchange.mailbox else 0
     if exchange.rank == 0:
         times = "  ".join(f"{key} {row[key]:9.4f} ms" for key in ("graph", "eager") if key in row)
-        print(f"{row['what']:12} {row['rows']:5} rows a rank  {times}", flush=True)
+        print(
+            f"{row['what']:12} {row['rows']:5} rows a rank  mailbox {row['mailbox']:8}  {times}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -254,6 +270,10 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs=2, action="append", default=[], metavar=("FIELD", "JSON"), help="of the LLM"
     )
+    parser.add_argument(
+        "--mailbox", type=int, nargs="+", default=[0, LIMIT], help="largest message"
+    )
+    parser.add_argument("--no-eager", action="store_true", help="graphs only")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if "generate" in args.what:
@@ -267,7 +287,13 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     exchange = Exchange(None)
-    timer = Timer(exchange, device)
+    timer = Timer(exchange, device, not args.no_eager)
+    key = [uuid.uuid4().hex]
+    dist.broadcast_object_list(key)
+    boxes = [
+        Mailbox(device, f"{key[0]}-{limit}", exchange.rank, exchange.size, limit) if limit else None
+        for limit in (args.mailbox if gpu and exchange.size > 1 else [0])
+    ]
     dims = SHAPES[args.shape]
     if args.layers:
         dims = ModelDims(args.layers, *list(vars(dims).values())[1:])
@@ -277,7 +303,7 @@ def main() -> None:
     results = []
     for what in args.what:
         run = linears if what == "linears" else exchanges
-        results += run(dims, exchange, timer, args.rows)
+        results += run(dims, exchange, timer, args.rows, boxes)
     if args.json and exchange.rank == 0:
         record = {
             "device": f"{exchange.size}x {name}",

@@ -68,6 +68,12 @@ STABLE_TORCH_LIBRARY(torch_pd, m) {
   // settings float64 [n, 3] (temperature, top_p, min_p); keys int64 [n, 4] (top_k, seed, index,
   // position). Without them every row takes its best token.
   m.def("sample(Tensor logits, Tensor(a!) tokens, Tensor? settings=None, Tensor? keys=None) -> ()");
+  // CUDA only. sends, receives: for each rank (first element, rows, columns, row stride) of a
+  // matrix in contiguous x, out. inbox uint8 of this rank; inboxes: addresses of all ranks' as
+  // mapped here.
+  m.def(
+      "exchange(Tensor x, Tensor(a!) out, Tensor(b!) inbox, int[] inboxes, int rank, int[] sends, "
+      "int[] receives, bool add, int blocks, float timeout_s) -> ()");
   // The error flag of the device of `like`, int32 [4] there: {number of dropped accesses, op |
   // error
   // << 8, value low, value high} of the first one (csrc/cuda/common.cuh). CPU: zeros, since the CPU

@@ -118,7 +118,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "device_errors": lambda: {"like": randn(1), "reset": True},
 }
-CUDA_ONLY = {"adjust_logits", "sample"}
+CUDA_ONLY = {"adjust_logits", "exchange", "sample"}
 MUTATING = sorted(set(CASES) - {"device_errors"})
 
 

@@ -302,6 +302,39 @@ def sample(
     _ops.sample(logits, tokens, settings, keys)
 
 
+def exchange(
+    x: Tensor,
+    out: Tensor,
+    inbox: Tensor,
+    inboxes: Sequence[int],
+    rank: int,
+    sends: Sequence[int],
+    receives: Sequence[int],
+    add: bool,
+    blocks: int,
+    timeout_s: float,
+) -> None:
+    """A message from every rank to every other, through inboxes that all map; CUDA only.
+
+    Collective: all ranks call it in the same order with the same ``blocks``, sizes of messages that
+    agree, and nothing else in their inboxes. Works in CUDA graphs. `weights.mailbox` makes the
+    inboxes.
+
+    ``sends`` has four numbers for each rank, the matrix in contiguous ``x`` that it gets: first
+    element, rows, columns, row stride; all 0 if it gets nothing. ``receives`` says the same of the
+    matrices in contiguous ``out``. The rank's message to itself is copied. With ``add`` the sum of
+    the messages is written, in float32 and in the order of the ranks: all matrices received are
+    the same one. If nothing comes from a rank for ``timeout_s``, the error flag is raised
+    (`device_errors`), ``out`` is garbage, and this and all later exchanges end at once.
+
+    Args:
+        inbox: uint8, this rank's.
+        inboxes: the address of each rank's inbox, as this process maps it.
+        blocks: thread blocks, at most 128.
+    """
+    _ops.exchange(x, out, inbox, inboxes, rank, sends, receives, add, blocks, timeout_s)
+
+
 _ERROR_OPS = (
     "?",
     "paged_attention",
@@ -311,6 +344,7 @@ _ERROR_OPS = (
     "rope_write_kv",
     "sample",
     "adjust_logits",
+    "exchange",
 )
 _ERRORS = (
     "an unknown error",
@@ -321,6 +355,7 @@ _ERRORS = (
     "a move from or to a page outside its pool",
     "a row of logits that holds NaN or infinity, or allows no token",
     "a token id or row outside the logits",
+    "nothing came in time from the rank",
 )
 
 
@@ -378,6 +413,7 @@ _MUTATING = (
     "linear",
     "adjust_logits",
     "sample",
+    "exchange",
 )
 for _name in _MUTATING:
     _register_fake(_name)

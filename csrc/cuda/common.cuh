@@ -105,6 +105,7 @@ enum DeviceError : int32_t {
   kBadMove = 5,    // moves: page beyond its pool
   kBadLogits = 6,  // logits: a row with NaN, or without a token to choose; value is the row
   kBadToken = 7,   // token ids of adjustments: beyond the vocabulary
+  kLostPeer = 8,   // exchange: nothing came from a rank; value is the rank
 };
 
 // Which op found it.
@@ -116,6 +117,7 @@ enum DeviceOp : int32_t {
   kRopeWriteKV = 5,
   kSample = 6,
   kAdjustLogits = 7,
+  kExchange = 8,
 };
 
 // The flag of one device: int32 [4] = {count, DeviceOp | DeviceError << 8, value low, value high};

@@ -16,7 +16,7 @@ from torch_pd.nn.linear import linear
 from torch_pd.nn.patch import patch_state
 from torch_pd.nn.probe import put
 from torch_pd.weights.pool import LayerShard, WeightPool
-from torch_pd.weights.ship import Exchange, pack, unpack
+from torch_pd.weights.ship import Exchange, unpack
 from torch_pd.weights.source import Source
 
 
@@ -89,7 +89,7 @@ class PooledAttention:
             part = linear(gathered, shard.qkv, shard.qkv_bias)
         qkv = exchange.to_tokens(part, rows, self.qkv_widths).view(x.shape[0], -1)
         out = fused.attend(qkv, rotation, shard_heads=self.kv_heads, blocked=True)
-        part = exchange.to_owners(pack(out, self.out_widths), rows, self.out_widths)
+        part = exchange.to_owners(out, rows, self.out_widths)
         part = linear(part, shard.o) if owner else gathered
         y = exchange.scatter_sum(part, rows, self.out_widths)
         return y if shard.o_bias is None else y.add_(shard.o_bias)

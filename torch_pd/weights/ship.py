@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_pd import ops
+from torch_pd.weights.mailbox import Mailbox
 
 # torch 2.13 renames them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -22,14 +23,25 @@ class Exchange:
     with tokens need not be the same. Nothing waits for the device, and with NCCL all of it can be
     captured in a CUDA graph. Sums are over the owners in the order of their ranks, or in NCCL's.
 
+    Small messages go by the mailbox, if there is one: in one kernel, sums in float32 and in the
+    order of the ranks.
+
     Args:
         group: of torch.distributed; None is the world.
+        mailbox: of the same ranks in the same order.
         whole: use one collective among equals (all-gather, reduce-scatter) where all ranks are
             alike. Default: with NCCL. Without it results are the same for any backend.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, whole: bool | None = None):
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        mailbox: Mailbox | None = None,
+        *,
+        whole: bool | None = None,
+    ):
         self.group = group
+        self.mailbox = mailbox
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         nccl = "nccl" in dist.get_backend(group)
@@ -49,6 +61,8 @@ class Exchange:
         x = x.contiguous()
         if self.size == 1:
             return x
+        if box := self._box(x, max(rows) * x.shape[1]):
+            return box.gather(x, rows, widths)
         if self._alike(rows) and all(widths):
             out = x.new_empty(sum(rows), x.shape[1])
             _all_gather(out, x, group=self.group)
@@ -73,25 +87,30 @@ class Exchange:
         if self.size == 1:
             return y.view(-1)
         mine = rows[self.rank]
+        if box := self._box(y, max(rows) * max(widths)):
+            return box.to_tokens(y, rows, widths)
         if self._alike(rows) and self._alike(widths):
             out = torch.empty_like(y)
             dist.all_to_all_single(out, y, group=self.group)
             return out.view(-1)
         return self._swap(list(y.split(list(rows))), [mine * width for width in widths])
 
-    def to_owners(self, packed: Tensor, rows: Sequence[int], widths: Sequence[int]) -> Tensor:
+    def to_owners(self, x: Tensor, rows: Sequence[int], widths: Sequence[int]) -> Tensor:
         """The way back of `to_tokens`: each owner's columns of all rows.
 
         Args:
-            packed: ``[rows of me * sum(widths)]`` in blocks; see `pack`.
+            x: ``[rows of me, sum(widths)]``.
 
         Returns:
             ``[sum(rows), width of me]``.
         """
-        packed = packed.contiguous()
         mine = widths[self.rank]
         if self.size == 1:
-            return packed.view(rows[0], mine)
+            return x
+        x = x.contiguous()
+        if box := self._box(x, max(rows) * max(widths)):
+            return box.to_owners(x, rows, widths)
+        packed = pack(x, widths)
         if self._alike(rows) and self._alike(widths):
             out = torch.empty_like(packed)
             dist.all_to_all_single(out, packed, group=self.group)
@@ -113,6 +132,8 @@ class Exchange:
         if self.size == 1:
             return y
         mine, columns = rows[self.rank], y.shape[1]
+        if box := self._box(y, max(rows) * columns):
+            return box.scatter_sum(y, rows, widths)
         if self._alike(rows) and all(widths):
             out = y.new_empty(mine, columns)
             _reduce_scatter(out, y, group=self.group)
@@ -125,6 +146,11 @@ class Exchange:
         for part in parts[1:]:
             total.add_(part)
         return total
+
+    def _box(self, x: Tensor, largest: int) -> Mailbox | None:
+        """The mailbox, if messages of at most ``largest`` elements go by it."""
+        box = self.mailbox
+        return box if box is not None and box.holds(largest * x.itemsize, x.dtype) else None
 
     def _alike(self, sizes: Sequence[int]) -> bool:
         return self._whole and len(set(sizes)) == 1

@@ -1,0 +1,158 @@
+"""Mailbox: messages between the GPUs of a group, each exchange one kernel over mapped memory."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_pd import ops
+from torch_pd.weights.peer import TIMEOUT_S, PeerMemory
+
+LIMIT = 1 << 20
+"""Bytes of the largest message that goes this way by default; NCCL is faster above."""
+WAIT_S = 20.0
+"""How long a kernel waits for a peer; a step's ranks start within milliseconds of each other."""
+MOST_RANKS = 8
+_BLOCKS = 128
+# As in csrc/cuda/exchange.cu: lines of 128 bytes that carry 112, two sets of them.
+_HEADER, _LINE, _CARRIED, _SETS = 16384, 128, 112, 2
+_LINES_AT_ONCE = 64
+
+
+class Matrix(NamedTuple):
+    """``[rows, columns]`` inside a contiguous tensor; all in elements."""
+
+    start: int
+    rows: int
+    columns: int
+    stride: int
+
+
+NOTHING = Matrix(0, 0, 0, 0)
+
+
+class Mailbox:
+    """Inboxes of all ranks of a group on one host, mapped by each. Collective to make.
+
+    What the others write for this rank lies in its own inbox. Exchanges run on the current stream,
+    can be captured in CUDA graphs, and need no barrier between them (csrc/cuda/exchange.cu). All
+    ranks must run the same ones in the same order.
+
+    Args:
+        device: this rank's GPU, which can write the memory of the others'.
+        key: the same on all ranks, and no other group's on this host.
+        rank, size: of the group.
+        limit: bytes of the largest message.
+        wait_s: until a rank that does not come is given up (`ops.describe_errors`).
+
+    Raises:
+        TimeoutError: a rank did not come.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        key: str,
+        rank: int,
+        size: int,
+        limit: int = LIMIT,
+        wait_s: float = WAIT_S,
+        timeout_s: float = TIMEOUT_S,
+    ):
+        assert 2 <= size <= MOST_RANKS
+        self.rank, self.size, self.limit, self.wait_s = rank, size, limit, wait_s
+        self._memory = PeerMemory(device)
+        self._lines = -(-_lines(limit) // _BLOCKS)
+        # Zeros before any peer can write: `connect` waits for the device.
+        self._inbox = self._memory.allocate(self.nbytes(size, limit)).zero_()
+        arenas = self._memory.connect(key, rank, size, timeout_s)
+        self._addresses = [arena.data_ptr() for arena in arenas]
+
+    @staticmethod
+    def nbytes(size: int, limit: int = LIMIT) -> int:
+        """Bytes of one rank's inbox."""
+        return _HEADER + _SETS * size * _BLOCKS * -(-_lines(limit) // _BLOCKS) * _LINE
+
+    def holds(self, nbytes: int, dtype: torch.dtype) -> bool:
+        """Whether messages of at most so many bytes can go this way."""
+        return nbytes <= self.limit and dtype.itemsize in (2, 4, 8)
+
+    def gather(self, x: Tensor, rows: Sequence[int], widths: Sequence[int]) -> Tensor:
+        """As `Exchange.gather`; ``x`` is contiguous, here and below."""
+        columns, owner = x.shape[1], widths[self.rank] > 0
+        sends = [Matrix(0, x.shape[0], columns, columns) if width else NOTHING for width in widths]
+        receives = [
+            Matrix(at * columns, row, columns, columns) if owner else NOTHING
+            for at, row in _spans(rows)
+        ]
+        out = x.new_empty(sum(rows) if owner else 0, columns)
+        return self._exchange(x, out, sends, receives, max(rows) * columns)
+
+    def to_tokens(self, y: Tensor, rows: Sequence[int], widths: Sequence[int]) -> Tensor:
+        """As `Exchange.to_tokens`."""
+        mine, width = rows[self.rank], widths[self.rank]
+        sends = [Matrix(at * width, row, width, width) for at, row in _spans(rows)]
+        receives = [Matrix(at * mine, mine, columns, columns) for at, columns in _spans(widths)]
+        out = y.new_empty(mine * sum(widths))
+        return self._exchange(y, out, sends, receives, max(rows) * max(widths))
+
+    def to_owners(self, x: Tensor, rows: Sequence[int], widths: Sequence[int]) -> Tensor:
+        """As `Exchange.to_owners`."""
+        mine, width = rows[self.rank], widths[self.rank]
+        sends = [Matrix(at, mine, columns, x.shape[1]) for at, columns in _spans(widths)]
+        receives = [Matrix(at * width, row, width, width) for at, row in _spans(rows)]
+        out = x.new_empty(sum(rows), width)
+        return self._exchange(x, out, sends, receives, max(rows) * max(widths))
+
+    def scatter_sum(self, y: Tensor, rows: Sequence[int], widths: Sequence[int]) -> Tensor:
+        """As `Exchange.scatter_sum`, in float32 and in the order of the ranks."""
+        mine, columns, owner = rows[self.rank], y.shape[1], widths[self.rank] > 0
+        sends = [
+            Matrix(at * columns, row, columns, columns) if owner else NOTHING
+            for at, row in _spans(rows)
+        ]
+        receives = [Matrix(0, mine, columns, columns) if width else NOTHING for width in widths]
+        out = y.new_empty(mine, columns)
+        return self._exchange(y, out, sends, receives, max(rows) * columns, add=True)
+
+    def _exchange(
+        self,
+        x: Tensor,
+        out: Tensor,
+        sends: list[Matrix],
+        receives: list[Matrix],
+        largest: int,
+        add: bool = False,
+    ) -> Tensor:
+        """``largest``: elements of the largest message between any two ranks, which all know."""
+        lines = _lines(largest * x.itemsize)
+        blocks = max(1, min(_BLOCKS, -(-lines // _LINES_AT_ONCE)), -(-lines // self._lines))
+        ops.exchange(
+            x,
+            out,
+            self._inbox,
+            self._addresses,
+            self.rank,
+            [value for matrix in sends for value in matrix],
+            [value for matrix in receives for value in matrix],
+            add,
+            blocks,
+            self.wait_s,
+        )
+        return out
+
+    def close(self) -> None:
+        """Lets go of the inboxes, once no graph that holds an exchange is replayed any more."""
+        self._memory.close()
+        self._inbox = self._inbox[:0].clone()
+
+
+def _lines(nbytes: int) -> int:
+    return -(-nbytes // _CARRIED)
+
+
+def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and size of each."""
+    return list(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False))
