@@ -22,6 +22,7 @@ from torch_pd.planner import plan_settings, shape_of
 from torch_pd.sizing import GIB
 from torch_pd.weights.layout import group_of
 from torch_pd.weights.loader import read_config, resolve_dtype, resolve_format
+from torch_pd.weights.mailbox import open_mailbox
 from torch_pd.weights.ship import Exchange
 from torch_pd.weights.skeleton import build_skeleton
 from torch_pd.weights.source import Resident
@@ -70,7 +71,9 @@ def load_shared(
         key = f"{board.name}-{ranks[0]}"
         streaming = start_streaming(memory, weights, shape, config, world, key, mode)
     lockstep = None if mode == "stream" else Lockstep(board, world.board)
-    exchange = None if mode == "stream" else Exchange(group)
+    exchange = None
+    if mode != "stream":
+        exchange = Exchange(group, open_mailbox(world, ranks, f"{board.name}-{ranks[0]}-mail"))
     source = None if streaming is None else streaming.ring
     return pool_model(loaded, weights, exchange, source), lockstep, streaming
 

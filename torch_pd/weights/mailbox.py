@@ -1,6 +1,7 @@
 """Mailbox: messages between the GPUs of a group, each exchange one kernel over mapped memory."""
 
 import itertools
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,12 +9,17 @@ import torch
 from torch import Tensor
 
 from torch_pd import ops
-from torch_pd.weights.peer import TIMEOUT_S, PeerMemory
+from torch_pd.dist import World
+from torch_pd.peer import TIMEOUT_S, PeerMemory
 
-LIMIT = 1 << 20
-"""Bytes of the largest message that goes this way by default; NCCL is faster above."""
-WAIT_S = 20.0
-"""How long a kernel waits for a peer; a step's ranks start within milliseconds of each other."""
+logger = logging.getLogger(__name__)
+
+LIMIT = 4 << 20
+"""Bytes of the largest message that goes this way by default. Up to 2.5 MiB, the largest measured so
+far, NCCL takes two to four times as long (docs/benchmarks.md)."""
+WAIT_S = 120.0
+"""How long a kernel waits for a peer. The ranks start a step within milliseconds of each other, but
+one may still pin host memory when the others run their first."""
 MOST_RANKS = 8
 _BLOCKS = 128
 # As in csrc/cuda/exchange.cu: lines of 128 bytes that carry 112, two sets of them.
@@ -147,6 +153,34 @@ class Mailbox:
         """Lets go of the inboxes, once no graph that holds an exchange is replayed any more."""
         self._memory.close()
         self._inbox = self._inbox[:0].clone()
+
+
+def open_mailbox(world: World, ranks: Sequence[int], key: str) -> Mailbox | None:
+    """The mailbox of the ranks that share one copy of the weights. Collective in the world.
+
+    Args:
+        ranks: of the group.
+        key: of the group, see `Mailbox`.
+
+    Returns:
+        None on the CPU, or if a GPU of the world cannot reach another of its group: the log says
+        so.
+    """
+    if world.device.type != "cuda":
+        return None
+    unlinked = [other for other in world.unlinked if other in ranks]
+    if len(ranks) > MOST_RANKS:
+        logger.warning("exchanges go over NCCL alone: more than %d ranks share weights", MOST_RANKS)
+        return None
+    if any(world.all_gather(unlinked)):
+        logger.warning(
+            "exchanges go over NCCL alone: not all GPUs can reach each other directly (see "
+            "torch-pd info)"
+        )
+        return None
+    box = Mailbox(world.device, key, ranks.index(world.rank), len(ranks))
+    logger.info("exchanges: up to %d KiB a message by mapped memory, else NCCL", LIMIT >> 10)
+    return box
 
 
 def _lines(nbytes: int) -> int:
