@@ -15,8 +15,8 @@ from torch_pd.peer import TIMEOUT_S, PeerMemory
 logger = logging.getLogger(__name__)
 
 LIMIT = 4 << 20
-"""Bytes of the largest message that goes this way by default. Up to 2.5 MiB, the largest measured so
-far, NCCL takes two to four times as long (docs/benchmarks.md)."""
+"""Bytes of the largest message that goes this way by default. Up to 2.5 MiB, the largest measured,
+NCCL takes two to four times as long (docs/benchmarks.md)."""
 WAIT_S = 120.0
 """How long a kernel waits for a peer. The ranks start a step within milliseconds of each other, but
 one may still pin host memory when the others run their first."""
