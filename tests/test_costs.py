@@ -15,8 +15,9 @@ BARE = Machine(
 )
 
 
-def bare_ms(kind: str, tokens: int, graph: bool = False) -> float:
-    costs = Costs(QWEN3_32B, BARE, shards=4)
+def bare_ms(kind: str, tokens: int, graph: bool = False, shards: int = 4, nccl=True) -> float:
+    machine = dataclasses.replace(BARE, mailbox_bytes=0) if nccl else BARE
+    costs = Costs(QWEN3_32B, machine, shards)
     step = Step(tokens, 0, 0, graph=graph)
     elementwise = costs._rest(step)
     return 1e3 * (getattr(costs, kind)(step) - (0 if kind == "pull" else elementwise))
@@ -42,6 +43,12 @@ def test_measured_steps_of_qwen3_32b(kind, tokens, graph, ms):
     """Within 15%, and 25% where collectives are small."""
     close = 0.25 if kind == "ship" and tokens <= 128 else 0.08
     assert bare_ms(kind, tokens, graph) == pytest.approx(ms, rel=close)
+
+
+@pytest.mark.parametrize(("tokens", "ms"), [(16, 14.25), (64, 15.92), (128, 18.35), (256, 29.80)])
+def test_measured_steps_by_mapped_memory_on_two_gpus(tokens, ms):
+    found = bare_ms("ship", tokens, graph=True, shards=2, nccl=False)
+    assert found == pytest.approx(ms, rel=0.08)
 
 
 def test_shipping_wins_below_about_1100_tokens():

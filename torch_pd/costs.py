@@ -48,6 +48,12 @@ class Machine:
     """More than that, from about 1 MiB on."""
     eager_collective_seconds: float = 50e-6
     """Least time of a collective launched from the host."""
+    mailbox_bytes: int = 4 << 20
+    """Of the rows of one rank, up to which an exchange goes by mapped memory (weights/mailbox)."""
+    mailbox_bandwidth: float = 300e9
+    """Bytes a second that a rank receives by it."""
+    mailbox_seconds: float = 5.5e-6
+    """Of a small exchange by it inside a step's graph, with the gaps between kernels."""
     layer_launch_seconds: float = 80e-6
     """Least time of a layer launched from the host."""
     step_seconds: float = 0.6e-3
@@ -188,11 +194,14 @@ class Costs:
         heads = shape.qkv_width + shape.num_heads * shape.head_dim
         to_tokens = step.tokens * heads * shape.itemsize * (m - 1) / m
         each = (gathers + to_tokens) / COLLECTIVES_PER_LAYER
-        seconds = (
-            machine.collective_seconds
-            + machine.collective_ramp * each / (each + (1 << 20))
-            + each / machine.collective_bandwidth
-        )
+        if step.tokens * shape.hidden * shape.itemsize <= machine.mailbox_bytes:
+            seconds = machine.mailbox_seconds + each / machine.mailbox_bandwidth
+        else:
+            seconds = (
+                machine.collective_seconds
+                + machine.collective_ramp * each / (each + (1 << 20))
+                + each / machine.collective_bandwidth
+            )
         if not step.graph:
             seconds = max(seconds, machine.eager_collective_seconds)
         return COLLECTIVES_PER_LAYER * shape.num_layers * seconds

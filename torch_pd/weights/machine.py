@@ -28,6 +28,7 @@ CPU = Machine(
     kv_bandwidth=1e10,
     link_bandwidth=5e9,
     contention=1.0,
+    mailbox_bytes=0,
     collective_bandwidth=1e9,
     collective_seconds=3e-4,
     collective_ramp=0.0,
