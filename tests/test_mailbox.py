@@ -1,5 +1,8 @@
 """Which matrices the ranks send each other by mapped memory; tests/gpu has the kernel that does."""
 
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,3 +109,18 @@ def test_an_inbox_holds_its_largest_messages(size, limit):
     room = mailbox._SETS * size * mailbox._BLOCKS * mailbox._LINE
     assert (Mailbox.nbytes(size, limit) - mailbox._HEADER) // room == lines
     assert lines * mailbox._BLOCKS * mailbox._CARRIED >= limit
+
+
+def open_and_drop(key: str, rank: int) -> int:
+    box = Mailbox("cpu", key, rank, 2, limit=1000)
+    arena = box._inbox
+    assert not arena.any()
+    assert len(set(box._addresses)) == 2
+    return arena.numel()
+
+
+def test_inboxes_are_mapped_and_let_go():
+    key = uuid.uuid4().hex
+    with ThreadPoolExecutor() as pool:
+        sizes = list(pool.map(lambda rank: open_and_drop(key, rank), range(2)))
+    assert sizes == [Mailbox.nbytes(2, 1000)] * 2

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,7 +45,8 @@ class Mailbox:
 
     What the others write for this rank lies in its own inbox. Exchanges run on the current stream,
     can be captured in CUDA graphs, and need no barrier between them (csrc/cuda/exchange.cu). All
-    ranks must run the same ones in the same order.
+    ranks must run the same ones in the same order. It lets go of all memory when the last reference
+    to it goes; graphs that hold its exchanges must not be replayed any more.
 
     Args:
         device: this rank's GPU, which can write the memory of the others'.
@@ -75,6 +77,8 @@ class Mailbox:
         self._inbox = self._memory.allocate(self.nbytes(size, limit)).zero_()
         arenas = self._memory.connect(key, rank, size, timeout_s)
         self._addresses = [arena.data_ptr() for arena in arenas]
+        # Unmapping waits for nothing, and a step may still be running.
+        weakref.finalize(self, _settle, self._memory.device).atexit = False
 
     @staticmethod
     def nbytes(size: int, limit: int = LIMIT) -> int:
@@ -149,11 +153,6 @@ class Mailbox:
         )
         return out
 
-    def close(self) -> None:
-        """Lets go of the inboxes, once no graph that holds an exchange is replayed any more."""
-        self._memory.close()
-        self._inbox = self._inbox[:0].clone()
-
 
 def open_mailbox(world: World, ranks: Sequence[int], key: str) -> Mailbox | None:
     """The mailbox of the ranks that share one copy of the weights. Collective in the world.
@@ -181,6 +180,11 @@ def open_mailbox(world: World, ranks: Sequence[int], key: str) -> Mailbox | None
     box = Mailbox(world.device, key, ranks.index(world.rank), len(ranks))
     logger.info("exchanges: up to %d KiB a message by mapped memory, else NCCL", LIMIT >> 10)
     return box
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _lines(nbytes: int) -> int:
