@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from torch_pd.engine.tickets import DeviceLost, Tickets
+from torch_pd.engine.device import DeviceLost
+from torch_pd.engine.tickets import Tickets
 
 
 def test_tokens_come_in_the_order_of_their_steps():

@@ -10,16 +10,17 @@ from tqdm import tqdm
 from torch_pd.board import GroupError
 from torch_pd.config import EngineConfig
 from torch_pd.dist import launched_by_torchrun
-from torch_pd.engine.engine import Engine, resolve_device
-from torch_pd.engine.group import Joined, Runs, Single, Spawned, join
+from torch_pd.engine.device import resolve_device, warming
 from torch_pd.engine.inflight import Request
 from torch_pd.engine.limits import Limits
-from torch_pd.engine.worker import make_engine
 from torch_pd.request import Prompt, RequestOutput, SamplingParams, parse_prompts
 from torch_pd.weights.loader import load_tokenizer, resolve_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from torch_pd.engine.engine import Engine
+    from torch_pd.engine.group import Runs
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 PromptInput = str | Sequence[int] | Mapping[str, Any]
@@ -54,26 +55,24 @@ class LLM:
         self._ended = "this LLM has been shut down; make a new one"
         self._num_calls = 0
         self.config = EngineConfig.from_kwargs(**config)
-        named = tokenizer
-        if tokenizer is None or isinstance(tokenizer, (str, Path)):
-            tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
-            if tokenizer is None and named is not None:
-                raise ValueError(f"{str(named)!r} holds no tokenizer")
-        elif not (callable(tokenizer) and hasattr(tokenizer, "decode")):
-            raise TypeError(
-                "tokenizer must be a Hugging Face tokenizer or its folder, got "
-                f"{type(tokenizer).__name__}"
-            )
-        self.tokenizer = tokenizer
         device = resolve_device(self.config)
+        alone = not launched_by_torchrun() and self.config.data_parallel_size == 1
+        # What follows imports transformers, which takes seconds.
+        with warming(device if alone else "cpu"):
+            from torch_pd.engine import group, worker
+
+            named, tokenizer = tokenizer, self._find_tokenizer(model, tokenizer)
+        self.tokenizer = tokenizer
         if launched_by_torchrun():
-            world = join(self.config, "data_parallel_size" in config, device)
+            world = group.join(self.config, "data_parallel_size" in config, device)
             self.config.check_ranks(world.size)
-            self._runs = Joined(model, tokenizer, self.config, device, world)
+            self._runs = group.Joined(model, tokenizer, self.config, device, world)
             return
         self.config.check_ranks(self.config.data_parallel_size)
         if self.config.data_parallel_size == 1:
-            self._runs = Single(make_engine(model, tokenizer, self.config, device, None))
+            self._runs = group.Single(
+                worker.make_engine(model, tokenizer, self.config, device, None)
+            )
             return
         if not isinstance(model, (str, Path)):
             raise ValueError(
@@ -86,10 +85,24 @@ class LLM:
             tokenizer = path
         elif isinstance(named, (str, Path)):
             tokenizer = Path(named)
-        self._runs = Spawned(path, tokenizer, self.config, device)
+        self._runs = group.Spawned(path, tokenizer, self.config, device)
+
+    @staticmethod
+    def _find_tokenizer(model: Any, tokenizer: Any) -> "PreTrainedTokenizerBase | None":
+        if tokenizer is None or isinstance(tokenizer, (str, Path)):
+            found = load_tokenizer(model if tokenizer is None else tokenizer)
+            if found is None and tokenizer is not None:
+                raise ValueError(f"{str(tokenizer)!r} holds no tokenizer")
+            return found
+        if not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+            raise TypeError(
+                "tokenizer must be a Hugging Face tokenizer or its folder, got "
+                f"{type(tokenizer).__name__}"
+            )
+        return tokenizer
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> "Engine":
         """The engine of this process.
 
         Raises:
@@ -123,7 +136,7 @@ class LLM:
             self.shutdown()
             raise
 
-    def _running(self) -> Runs:
+    def _running(self) -> "Runs":
         if self._runs is None:
             raise RuntimeError(self._ended)
         return self._runs

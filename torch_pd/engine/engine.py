@@ -2,7 +2,6 @@
 
 import logging
 import time
-import warnings
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from itertools import compress
@@ -12,11 +11,11 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
-from torch_pd import ops
 from torch_pd.config import EngineConfig
 from torch_pd.dist import World
 from torch_pd.engine.carrier import Carrier, swap_costs
 from torch_pd.engine.detokenizer import Detokenizer
+from torch_pd.engine.device import device_lost
 from torch_pd.engine.draw import derive_seed
 from torch_pd.engine.inflight import InFlight, Output, Request
 from torch_pd.engine.limits import Limits
@@ -72,18 +71,6 @@ class UnderWay:
     prompt_rows: list[PromptRows]
 
 
-def resolve_device(config: EngineConfig) -> str:
-    """ "cuda" or "cpu" for this config on this machine; see `EngineConfig.resolve_device`."""
-    gpu = torch.cuda.is_available()
-    if gpu and not ops.has_cuda_ops() and config.device == "auto":
-        warnings.warn(
-            f"a GPU is there, but the CUDA ops of torch_pd are {ops.cuda_status()}; running on "
-            "the CPU",
-            stacklevel=3,
-        )
-    return config.resolve_device(gpu and ops.has_cuda_ops())
-
-
 class Engine:
     """Continuous batching over one model and one pool of KV pages.
 
@@ -123,6 +110,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.model = model
         self.vocab_size = int(model.config.get_text_config().vocab_size)
+        self._lost = False  # the GPU failed
         self._patched_here = not is_patched(model)
         if self._patched_here:
             patch_model(model, config)
@@ -363,13 +351,19 @@ class Engine:
         Raises:
             RuntimeError: the step failed (logits with NaN, ...). Every request is dropped then, and
                 the engine can go on with new ones.
+            DeviceLost: the GPU failed; only `shutdown` works from here on.
         """
         start = time.perf_counter()
         try:
             grown = self._step()
-        except BaseException:
+        except BaseException as error:
             self._drop_all()
-            raise
+            lost = device_lost(self.pool.device, error)
+            if lost is None or lost is error:
+                self._lost = lost is not None
+                raise
+            self._lost = True
+            raise lost from error
         now = time.perf_counter()
         self._seconds += now - start
         if now - self._logged >= LOG_SECONDS:
@@ -646,19 +640,19 @@ class Engine:
     def shutdown(self) -> None:
         """Drops all requests, frees the pages, restores a model that was patched here."""
         self._drop_all()
-        if self._patched_here:
+        if self._patched_here and not self._lost:
             unpatch_model(self.model)
         if self.lockstep is not None:
             self.lockstep.leave()
         if self.streaming is not None:
             self.streaming.close()
         if self.carrier is not None:
-            if self.pool.device.type == "cuda":
+            if self.pool.device.type == "cuda" and not self._lost:
                 torch.cuda.synchronize(self.pool.device)  # kernels may read pages in place
             self.carrier.close()
         device = self.pool.device
         del self.runner, self.pool, self.model
-        if device.type == "cuda":
+        if device.type == "cuda" and not self._lost:
             # The next engine, of this process or another, counts what the driver says is free.
             torch.cuda.empty_cache()
 

@@ -12,7 +12,7 @@ from torch_pd.context import Batch, GroupBatch
 from torch_pd.engine.graphs import bucket_sizes, largest_graph
 from torch_pd.engine.logprobs import report
 from torch_pd.engine.sampler import SLICE
-from torch_pd.nn.patch import forward_packed, new_pool
+from torch_pd.nn.patch import forward_packed, new_logits, new_pool
 from torch_pd.sizing import Ledger, staging_bytes
 
 if TYPE_CHECKING:
@@ -46,12 +46,15 @@ def foresee(
     if not config.enforce_eager:
         sizes = bucket_sizes(largest_graph(rows))
         torch.cuda.reset_peak_memory_stats(device)
+        logits = new_logits(model, sizes[-1])
+        shared = 0 if logits is None else logits.nbytes
         before = torch.cuda.memory_allocated(device)
-        logits_row = _largest_step(model, sizes[-1], sizes[-1], max_pages)
+        row = _largest_step(model, sizes[-1], sizes[-1], max_pages, logits)
         peak = torch.cuda.max_memory_allocated(device) - before
-        # The captured passes and those that went before them have memory of their own; every graph
-        # keeps its logits.
-        graphs = 2 * peak + sum(sizes[:-1]) * logits_row + GRAPH_BYTES * len(sizes)
+        # The captured passes and those that went before them have memory of their own; a graph
+        # keeps logits that do not lie in the shared memory.
+        graphs = shared + 2 * peak + sum(sizes[:-1]) * row + GRAPH_BYTES * len(sizes)
+        del logits
     free, total = torch.cuda.mem_get_info(device)
     others = other_processes(device)
     held = sum(size for _, _, size in others)
@@ -81,11 +84,17 @@ def storage_bytes(model: torch.nn.Module) -> int:
 
 
 @torch.no_grad()
-def _largest_step(model: "PreTrainedModel", rows: int, tokens: int, max_pages: int) -> int:
+def _largest_step(
+    model: "PreTrainedModel",
+    rows: int,
+    tokens: int,
+    max_pages: int,
+    shared: Tensor | None = None,
+) -> int:
     """``tokens`` tokens of ``rows`` sequences (one long, the others of one token), all of whose
     logits are looked at; reads page 0 alone and writes nothing. A step that does not only decode
-    also does what the host's way of choosing needs for one slice of rows. Returns the bytes of one
-    row of logits.
+    also does what the host's way of choosing needs for one slice of rows. Returns the bytes of a
+    row of logits, 0 if they lie in ``shared``.
     """
     pool = new_pool(model, 2)
     device = pool.device
@@ -115,13 +124,15 @@ def _largest_step(model: "PreTrainedModel", rows: int, tokens: int, max_pages: i
     )
     ids = torch.zeros(num, dtype=torch.int64, device=device)
     select = None if num == rows else (starts[1:] - 1).to(device)
-    logits: Tensor = forward_packed(model, pool, batch, ids, ids, select)
+    logits: Tensor = forward_packed(model, pool, batch, ids, ids, select, shared)
     ops.sample(logits, torch.empty(rows, dtype=torch.int64, device=device))
     if select is not None:
         part = logits[:SLICE].float()
         report(part.clone(), [0] * len(part), [0] * len(part))
         part.sort(dim=1, descending=True, stable=True)
     ops.device_errors(device)  # clears it: the logits of page 0 may be anything
+    if shared is not None and logits.data_ptr() == shared.data_ptr():
+        return 0
     return logits[0].nbytes
 
 

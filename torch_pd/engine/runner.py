@@ -27,7 +27,7 @@ from torch_pd.engine.stage import Stage
 from torch_pd.engine.staging import Staging
 from torch_pd.engine.tickets import Ticket, Tickets
 from torch_pd.kv.cache import KVPool
-from torch_pd.nn.patch import forward_packed, patch_state
+from torch_pd.nn.patch import forward_packed, new_logits, patch_state
 from torch_pd.sizing import staging_bytes
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,8 @@ class Runner:
         self._stage: Stage | None = None
         self.tickets = Tickets(rows, device)
         self.graphs: DecodeGraphs | None = None
+        self._logits: Tensor | None = None
+        """[rows, vocab] of the step that a graph ran last, where the model can write it there."""
         self.no_graphs = "not captured"
         """Why there are no graphs."""
         self.num_replays = 0
@@ -126,6 +128,7 @@ class Runner:
         """Captures the decoding steps. A model that cannot be captured (its forward waits for the
         device) runs eagerly, with a warning that says why."""
         sizes = bucket_sizes(largest_graph(len(self._block_tables)))
+        self._logits = new_logits(self.model, sizes[-1])
         try:
             self.graphs = DecodeGraphs(sizes, self._prepare_capture)
         except RuntimeError as error:
@@ -141,7 +144,7 @@ class Runner:
         self._share(sizes, sizes)
 
         def run() -> Tensor:
-            logits = self._forward(step)
+            logits = self._forward(step, self._logits)
             self._draw(logits, step)
             return logits
 
@@ -248,11 +251,11 @@ class Runner:
         wrong; waits for it. See `Tickets.wait`."""
         return self.tickets.wait(ticket)
 
-    def _forward(self, step: Step) -> Tensor:
+    def _forward(self, step: Step, logits: Tensor | None = None) -> Tensor:
         # A row of bad logits drew -1; its request fails, but its next step may be under way.
         input_ids = self.tokens.index_select(0, step.source).clamp_(min=0)
         return forward_packed(
-            self.model, self.pool, step.batch, input_ids, step.positions, step.select
+            self.model, self.pool, step.batch, input_ids, step.positions, step.select, logits
         )
 
     def _draw(self, logits: Tensor, step: Step) -> None:

@@ -7,13 +7,10 @@ import torch
 from torch import Tensor
 
 from torch_pd import ops
+from torch_pd.engine.device import lost
 
 SLOTS = 3
 """Steps whose results or times are still looked at: one running, one launched, one just done."""
-
-
-class DeviceLost(RuntimeError):
-    """The GPU stopped working; nothing more can run in this process."""
 
 
 @dataclass(slots=True)
@@ -86,10 +83,7 @@ class Tickets:
             try:
                 self._ended[ticket.slot].synchronize()
             except RuntimeError as error:
-                raise DeviceLost(
-                    f"the GPU {self._device} failed during a step, so this process cannot use it "
-                    f"any more; start a new one (CUDA says: {str(error).splitlines()[0]})"
-                ) from error
+                raise lost(self._device, error) from error
         self._count_time(ticket)
         words = self._results[ticket.slot]
         found = ops.describe_errors(words[:2].view(torch.int32).tolist())

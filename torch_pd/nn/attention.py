@@ -23,13 +23,15 @@ _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_hidden_state
 
 @dataclass
 class Pass:
-    """What the running forward pass reads and writes; both None outside of one.
+    """What the running forward pass reads and writes; these three are None outside of one.
 
     The rest counts for pooled weights only and stays between passes.
     """
 
     batch: Batch | None = None
     pool: KVPool | None = None
+    logits: Tensor | None = None
+    """[rows, vocab] where the head writes its result; None: into a new tensor."""
     mode: str = "resident"
     """ship: linears run on the shards of all ranks, together with them; resident, stream: here."""
     rows: Sequence[int] = ()

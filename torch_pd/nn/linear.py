@@ -1,11 +1,15 @@
 """Linear layers: one function for all, and several of them merged into one matrix."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from torch_pd import ops
+
+if TYPE_CHECKING:
+    from torch_pd.nn.attention import Pass
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -24,9 +28,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def forward(module: nn.Linear, x: Tensor) -> Tensor:
-    """Stands in for ``nn.Linear.forward``."""
-    return linear(x, module.weight, module.bias)
+def head_forward(module: nn.Linear, x: Tensor) -> Tensor:
+    """Stands in for the forward of the model's head, ``x [..., hidden]`` to ``[..., vocab]``."""
+    running: Pass = module.__dict__["_torch_pd"]
+    rows = x.shape[:-1].numel()
+    if running.logits is None or module.bias is not None or x.is_cpu:
+        return linear(x, module.weight, module.bias)
+    out = torch.mm(x.reshape(rows, -1), module.weight.t(), out=running.logits[:rows])
+    return out.view(*x.shape[:-1], -1)
 
 
 class MergedLinear:

@@ -6,7 +6,7 @@ import itertools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -190,6 +190,7 @@ def forward_packed(
     input_ids: Tensor,
     positions: Tensor,
     select: Tensor | None,
+    logits: Tensor | None = None,
 ) -> Tensor:
     """One pass of a patched model over packed tokens: the engine's entry.
 
@@ -197,19 +198,33 @@ def forward_packed(
         pool: whose pages the batch names; written at the batch's slots.
         input_ids, positions: int64 [num_tokens].
         select: int64 rows whose logits are wanted; None is all.
+        logits: of `new_logits`, for the head to write to.
 
     Returns:
-        Logits [len(select), vocab] in the model's dtype.
+        Logits [len(select), vocab] in the model's dtype; a part of ``logits`` if that was given and
+        the model does nothing more to them.
     """
     state = patch_state(model)
     assert input_ids.shape[0] == positions.shape[0] == batch.num_tokens
     ids = input_ids[None]
     state.flow.on = True
+    state.running.logits = logits
     try:
         output = generate.run(state, model, pool, batch, positions, select, input_ids=ids)
     finally:
         state.flow.on, state.flow.branch = False, None
+        state.running.logits = None
     return output.logits[0]
+
+
+def new_logits(model: nn.Module, rows: int) -> Tensor | None:
+    """Memory for the logits of passes that may share it, None if the model's head is not one that
+    can write there."""
+    head: Any = cast(PreTrainedModel, model).get_output_embeddings()
+    fused = isinstance(head.__dict__.get("_torch_pd"), Pass)
+    if not fused or head.bias is not None or head.weight.is_meta:
+        return None
+    return head.weight.new_empty((rows, head.weight.shape[0]))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -268,12 +283,7 @@ def _patch_layers(model: PreTrainedModel, state: PatchState, probe: Probe) -> No
 
 
 def _let_flow(model: PreTrainedModel, state: PatchState, probe: Probe) -> None:
-    """Lets fused blocks hand their last branch on where a fused block or a known norm follows.
-
-    On the CPU alone: on a GPU this has not been run yet.
-    """
-    if device_of(model).type == "cuda":
-        return
+    """Lets fused blocks hand their last branch on where a fused block or a known norm follows."""
     blocks = [
         found.layer.__dict__.get("_torch_pd") if found.layer is not None else None
         for found in probe.layers
@@ -408,7 +418,8 @@ def _patch_rest(model: PreTrainedModel, state: PatchState) -> None:
     names = dict(model.named_modules())
     (head_name,) = [name for name, module in names.items() if module is head]
     if type(head) is nn.Linear and "forward" not in head.__dict__:
-        put(undo, head, "forward", _bind(linear.forward, head))
+        put(undo, head, "_torch_pd", state.running)
+        put(undo, head, "forward", _bind(linear.head_forward, head))
         paths.append(ModulePath(head_name, "fused", ""))
     covered = [path.name for path in paths]
     for name in names:
