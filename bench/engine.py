@@ -226,12 +226,11 @@ def check_tokens(folder: Path | None, device: str) -> str:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = model.eval().to(device)
     vocab = model.config.vocab_size
-    prompts, out = Load(20, 40, 64).prompts(vocab, seed=1), 48
-    reference = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt], device=device)
-        options = {"max_new_tokens": out, "min_new_tokens": out, "do_sample": False}
-        reference.append(model.generate(ids, pad_token_id=0, **options)[0, len(prompt) :].tolist())
+    # Of one length, so that the reference is one batch without padding.
+    prompts, out = [prompt[:20] for prompt in Load(20, 40, 48).prompts(vocab, seed=1)], 48
+    ids = torch.tensor(prompts, device=device)
+    options = {"max_new_tokens": out, "min_new_tokens": out, "do_sample": False}
+    reference = model.generate(ids, pad_token_id=0, **options)[:, ids.shape[1] :].tolist()
     with LLM(model, device=device, kv_cache_gib=0.5) as llm:
         found = [
             list(output.outputs[0].token_ids)

@@ -1,9 +1,9 @@
-"""Perplexity of the texts in tests/data/passages.txt with and without float8 KV pages.
+"""Perplexity of a text with and without float8 KV pages.
 
-    python bench/perplexity.py [--model FOLDER] [--device cpu|cuda] [--json FILE]
+    python bench/perplexity.py [--model FOLDER] [--text FILE] [--device cpu|cuda] [--json FILE]
 
-The change is given with its standard error: log-probabilities of single tokens move by far more
-than their mean does.
+The text is read in windows of 1,024 tokens, each by itself. The change is given with its standard
+error: log-probabilities of single tokens move by far more than their mean does.
 """
 
 import argparse
@@ -19,15 +19,23 @@ from torch_pd import LLM, SamplingParams
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from smollm2 import prepare
 
-TEXT = Path(__file__).resolve().parent.parent / "tests" / "data" / "passages.txt"
+TEXT = Path(__file__).resolve().parent.parent / "tests" / "data" / "devils_dictionary.txt"
+WINDOW = 1024
 
 
 def logprobs(folder: Path, dtype: str, kind: str, device: str, text: str) -> torch.Tensor:
-    """Log-probabilities of the text's tokens, the first excepted."""
+    """Log-probabilities of the text's tokens, but for the first of each window."""
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-    with LLM(folder, dtype=dtype, kv_cache_dtype=kind, device=device, max_num_seqs=1) as llm:
-        (output,) = llm.generate([text], params, use_tqdm=False)
-    found = [next(iter(entry.values())).logprob for entry in output.prompt_logprobs[1:]]
+    options = {"max_model_len": WINDOW + 1, "max_num_seqs": 1, "enforce_eager": True}
+    with LLM(folder, dtype=dtype, kv_cache_dtype=kind, device=device, **options) as llm:
+        ids = llm.tokenizer(text).input_ids
+        windows = [ids[at : at + WINDOW] for at in range(0, len(ids), WINDOW)]
+        outputs = llm.generate(windows, params, use_tqdm=False)
+    found = [
+        next(iter(entry.values())).logprob
+        for output in outputs
+        for entry in output.prompt_logprobs[1:]
+    ]
     return torch.tensor(found, dtype=torch.float64)
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import subprocess
+import sys
 
 import models
 import numpy as np
@@ -202,3 +204,61 @@ def test_a_table_of_any_width_costs_the_same_results():
         ) as llm:
             found.append(tokens_of(llm.generate(prompts, params, use_tqdm=False)))
     assert found[0] == found[1]
+
+
+LOSE_THE_GPU = """
+import sys, torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from torch_pd import LLM, SamplingParams
+from torch_pd.engine.device import DeviceLost
+
+config = Qwen3Config(
+    vocab_size=999, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
+)
+model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+tiers = {"host_kv_gib": 0.1} if sys.argv[1] == "tiers" else {}
+llm = LLM(model, device="cuda", kv_cache_gib=0.1, max_num_seqs=8, **tiers)
+launch, steps = llm.engine.runner.launch, []
+
+def launch_and_break(*args, **kwargs):
+    steps.append(1)
+    if len(steps) == 5:  # an index out of range ends the context, as a fault of the GPU does
+        torch.zeros(4, device="cuda")[torch.tensor([99], device="cuda")]
+    return launch(*args, **kwargs)
+
+llm.engine.runner.launch = launch_and_break
+params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, detokenize=False)
+for _ in range(2):  # and the next call says so as well
+    try:
+        with llm:
+            llm.generate([[5, 6, 7], [8, 9]], params, use_tqdm=False)
+    except (DeviceLost, RuntimeError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["plain", "tiers"])
+def test_a_gpu_lost_in_a_step_is_one_clear_error(kind):
+    command = [sys.executable, "-c", LOSE_THE_GPU, kind]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    lost, ended = result.stdout.splitlines()
+    assert lost.startswith("DeviceLost the GPU cuda:0 failed during a step"), result.stderr
+    assert "device-side assert" in lost
+    assert ended.startswith("RuntimeError this LLM has been shut down")
+    assert result.returncode == 0, result.stderr
+
+
+def test_memory_of_another_process_is_named():
+    holder = "import torch; x = torch.zeros(3 << 28, device='cuda'); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        other.stdout.readline()
+        total = torch.cuda.mem_get_info()[1]
+        share = 3 * 2**30 / total
+        # In a container the driver does not tell whose the memory is.
+        expected = r"other processes [345]\.\d\d = .*(end python|use a larger GPU)"
+        with pytest.raises(ValueError, match=expected):
+            LLM(qwen3(torch.bfloat16), device="cuda", gpu_memory_utilization=share)
+        other.communicate("\n")

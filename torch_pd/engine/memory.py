@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 PROMPT_LOGPROB_TOKENS = 512
 """Tokens of a step while prompt log-probabilities are wanted: each needs a row of logits."""
+MOST_CONTEXT = 2 << 30
+"""More than a context and libraries take."""
 GRAPH_BYTES = 1 << 20
 """What the driver keeps for one captured step, beside the tensors of the graphs' pool."""
 
@@ -60,6 +62,7 @@ def foresee(
     held = sum(size for _, _, size in others)
     # What the driver counts beside torch's allocator: context, loaded kernels, libraries.
     context = max(0, total - free - torch.cuda.memory_reserved(device) - held)
+    named = bool(others) or context <= MOST_CONTEXT
     return Ledger(
         total=total,
         share=config.gpu_memory_share,
@@ -69,7 +72,7 @@ def foresee(
             "activations": activations,
             "graphs": graphs,
             "staging": 2 * staging_bytes(max(tokens, rows), rows, max_pages),
-            "context": context,
+            "context" if named else "context and other processes": context,
             "other processes": held,
         },
         others=tuple(f"{name} (pid {pid})" for pid, name, _ in others),

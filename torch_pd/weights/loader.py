@@ -306,16 +306,14 @@ def _load_by_transformers(
 
 def load_tokenizer(model: "str | Path | PreTrainedModel") -> "PreTrainedTokenizerBase | None":
     """The tokenizer beside a model, or None if there is none."""
-    from transformers import AutoTokenizer
-
     if not isinstance(model, (str, Path)):
         return None
     path = Path(model).expanduser()
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if not path.is_file() and not any((path / name).is_file() for name in names):
+        return None
+    from transformers import AutoTokenizer
+
     if path.is_file():
         return AutoTokenizer.from_pretrained(**_load_kwargs(path, "gguf"), local_files_only=True)
-    if not any(
-        (path / name).is_file()
-        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    ):
-        return None
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
