@@ -208,7 +208,7 @@ def prefill_rows(peers: bool) -> list[Row]:
         flops = count * 4 * heads * DIM * (new * length - new * new / 2)
         call = pages.ours(heads, queries)
         name = f"prefill {heads}/{kv_heads} {count} x {new} on {length}"
-        row = Row(name, median_us(call, 8), flops=flops)
+        row = Row(name, median_us(call), flops=flops)
         if new == length:
             row.others["varlen_attn"] = varlen_us(heads, count, length)
         if peers:

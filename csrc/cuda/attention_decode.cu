@@ -47,11 +47,12 @@ void decode(const AttentionCall& call, int max_rows) {
   const AttentionArgs& a = d.a;
   d.row_tiles = (max_rows + 15) / 16;
   const int64_t parts = static_cast<int64_t>(a.num_kv_heads) * d.row_tiles;
-  const int64_t warps = static_cast<int64_t>(launch.info.num_sms) * Traits::kWarps;
-  const int64_t most_keys = static_cast<int64_t>(a.num_seqs) *
-                            ((static_cast<int64_t>(a.max_pages) << a.block_shift) + Traits::kKeys);
-  d.max_slices = static_cast<int32_t>(std::max<int64_t>(
-      1, std::min(warps / parts, (most_keys + kMinSliceKeys - 1) / kMinSliceKeys)));
+  const int64_t room = static_cast<int64_t>(launch.info.num_sms) * Traits::kBlocks;
+  const int64_t most_keys = static_cast<int64_t>(a.max_pages) << a.block_shift;
+  const int64_t most_steps = a.num_seqs * ((most_keys + Traits::kKeys - 1) / Traits::kKeys + 1);
+  d.max_slices = Deal(most_steps, static_cast<int32_t>(std::max<int64_t>(1, room / parts)),
+                      Traits::kLeastSteps)
+                     .slices;
   TPD_CHECK(launch.op, (a.num_seqs + 33) * 4 <= Traits::kShared,
             "too many sequences in one call: ", a.num_seqs);
 
@@ -66,8 +67,7 @@ void decode(const AttentionCall& call, int max_rows) {
   d.values = reinterpret_cast<float*>(base + values);
 
   allow_shared_once<&decode_kernel<Traits>>(launch, Traits::kShared);
-  const int64_t blocks = (d.max_slices * parts + Traits::kWarps - 1) / Traits::kWarps;
-  launch_early(launch, decode_kernel<Traits>, dim3(static_cast<unsigned>(blocks)),
+  launch_early(launch, decode_kernel<Traits>, dim3(static_cast<unsigned>(d.max_slices * parts)),
                Traits::kWarps * 32, Traits::kShared, d);
   if (d.max_slices == 1) return;
   const int max_tokens = std::min(a.max_query_len, std::max(1, max_rows / a.group));
