@@ -21,7 +21,7 @@ struct KVCache {
   int64_t num_pages, block_size, num_kv_heads, k_dim, v_dim;
   int64_t k_page, k_token, k_head;  // strides
   int64_t v_page, v_token, v_head;
-  // float8 only, else null: [pages, block_size, num_kv_heads], strides in floats.
+  // int8 and float8 only, else null: [pages, block_size, num_kv_heads], strides in floats.
   float* k_scale = nullptr;
   float* v_scale = nullptr;
   int64_t ks_page = 0, ks_token = 0, vs_page = 0, vs_token = 0;
@@ -32,6 +32,11 @@ struct Places {
   const int64_t* rows = nullptr;  // [count, 2]: base address of a pool, its number of pages
   int64_t count = 0;
 };
+
+// True of what a cache keeps with a scale for each head of a token.
+inline bool is_bytes(ScalarType type) {
+  return type == ScalarType::Float8_e4m3fn || type == ScalarType::Char;
+}
 
 inline KVCache make_cache(const char* op, const Tensor& k, const Tensor& v,
                           const OptTensor& k_scale, const OptTensor& v_scale) {
@@ -52,12 +57,12 @@ inline KVCache make_cache(const char* op, const Tensor& k, const Tensor& v,
   KVCache c{k.data_ptr(), v.data_ptr(), k.scalar_type(), k.size(0),   block_size,
             k.size(2),    k.size(3),    v.size(3),       k.stride(0), k.stride(1),
             k.stride(2),  v.stride(0),  v.stride(1),     v.stride(2)};
-  const bool fp8 = c.dtype == ScalarType::Float8_e4m3fn;
-  if (!fp8) check_float(op, "k_cache", k);
-  TPD_CHECK(op, k_scale.has_value() == fp8 && v_scale.has_value() == fp8,
-            "k_scale and v_scale are ", fp8 ? "required" : "not allowed", " for a ",
+  const bool bytes = is_bytes(c.dtype);
+  if (!bytes) check_float(op, "k_cache", k);
+  TPD_CHECK(op, k_scale.has_value() == bytes && v_scale.has_value() == bytes,
+            "k_scale and v_scale are ", bytes ? "required" : "not allowed", " for a ",
             dtype_name(c.dtype), " cache");
-  if (fp8) {
+  if (bytes) {
     for (const auto& [name, s] : {std::pair<const char*, const Tensor&>{"k_scale", *k_scale},
                                   std::pair<const char*, const Tensor&>{"v_scale", *v_scale}}) {
       check_dtype(op, name, s, ScalarType::Float);
@@ -85,11 +90,11 @@ inline Places make_places(const char* op, const OptTensor& places, const Tensor&
   return {static_cast<const int64_t*>(places->data_ptr()), places->size(0)};
 }
 
-// Model dtype of a cache: q, k and v must match it unless the cache is float8.
+// Model dtype of a cache: q, k and v must match it unless the cache is int8 or float8.
 inline void check_matches_cache(const char* op, const char* name, const Tensor& t,
                                 const Tensor& k_cache) {
   check_float(op, name, t);
-  if (k_cache.scalar_type() != ScalarType::Float8_e4m3fn) {
+  if (!is_bytes(k_cache.scalar_type())) {
     check_same_dtype(op, name, t, "k_cache", k_cache);
   }
   check_same_device(op, name, t, "k_cache", k_cache);

@@ -34,23 +34,27 @@ def ref_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 # --- paged KV and fused ops ---
 
 
+BYTES = {torch.float8_e4m3fn: 448, torch.int8: 127}
+"""Dtypes of caches that have scales, and their largest values."""
+
+
 @dataclass
 class Pool:
-    """A KV pool ``[P, L, 2, B, Hkv, D]`` (float8: scales behind the data) full of guard values."""
+    """A KV pool ``[P, L, 2, B, Hkv, D]`` (bytes: scales behind the data) full of guard values."""
 
     memory: Tensor
     """uint8 [P, bytes of a page record]: all that a faulty write inside the pool could change."""
     data: Tensor
     k_scale: Tensor | None
     v_scale: Tensor | None
-    """float32 [P, L, B, Hkv], float8 only."""
+    """float32 [P, L, B, Hkv], of bytes only."""
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """One layer's ``k_cache, v_cache [P, B, Hkv, D]``."""
         return self.data[:, layer, 0], self.data[:, layer, 1]
 
     def scales(self, layer: int) -> dict[str, Tensor]:
-        """One layer's ``k_scale, v_scale [P, B, Hkv]`` as keyword arguments, empty if no float8."""
+        """One layer's ``k_scale, v_scale [P, B, Hkv]`` as keyword arguments, empty without."""
         if self.k_scale is None:
             return {}
         return {"k_scale": self.k_scale[:, layer], "v_scale": self.v_scale[:, layer]}
@@ -62,7 +66,7 @@ class Pool:
 def _pool_views(memory: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Pool:
     size = math.prod(shape[1:]) * dtype.itemsize
     data = memory[:, :size].view(dtype).unflatten(1, tuple(shape[1:]))
-    if dtype != torch.float8_e4m3fn:
+    if dtype not in BYTES:
         return Pool(memory, data, None, None)
     scales = memory[:, size:].view(torch.float32).unflatten(1, tuple(shape[1:5]))
     return Pool(memory, data, scales[:, :, 0], scales[:, :, 1])
@@ -77,24 +81,28 @@ def make_pool(
     dtype: torch.dtype,
     generator: torch.Generator | None = None,
 ) -> Pool:
-    """A pool of normally distributed values; float8 scales are positive."""
+    """A pool of normally distributed values; scales are positive."""
     shape = (num_pages, num_layers, 2, block_size, num_kv_heads, head_dim)
     size = math.prod(shape[1:]) * dtype.itemsize
-    if dtype == torch.float8_e4m3fn:
+    if dtype in BYTES:
         size += math.prod(shape[1:5]) * 4
     pool = _pool_views(torch.zeros(num_pages, size, dtype=torch.uint8), shape, dtype)
-    pool.data.copy_(torch.randn(shape, generator=generator).to(dtype))
+    values = torch.randn(shape, generator=generator)
+    pool.data.copy_((values * 20 if dtype == torch.int8 else values).to(dtype))
     for scale in (pool.k_scale, pool.v_scale):
         if scale is not None:
             scale.copy_(torch.rand(scale.shape, generator=generator) + 0.1)
     return pool
 
 
-def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x [..., D]`` as float8 and its scales float32 ``[...]``: amax / 448, 1 for a row of 0."""
-    scale = x.float().abs().amax(-1) / 448
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``x [..., D]`` as bytes and its scales float32 ``[...]``: amax over the largest value of the
+    dtype, 1 for a row of 0."""
+    most = BYTES[dtype]
+    scale = x.float().abs().amax(-1) / most
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (x.float() / scale[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+    bytes_ = (x.float() / scale[..., None]).clamp(-most, most)
+    return (bytes_.round() if dtype == torch.int8 else bytes_).to(dtype), scale
 
 
 def ref_write_kv(k: Tensor, v: Tensor, pool: Pool, layer: int, slots: Tensor) -> None:
@@ -105,7 +113,7 @@ def ref_write_kv(k: Tensor, v: Tensor, pool: Pool, layer: int, slots: Tensor) ->
         page, token = divmod(slot, block_size)
         for which, x, scale in ((0, k[t], pool.k_scale), (1, v[t], pool.v_scale)):
             if scale is not None:
-                x, scale[page, layer, token] = quantize_e4m3(x)
+                x, scale[page, layer, token] = quantize(x, pool.data.dtype)
             pool.data[page, layer, which, token] = x
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch_pd import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FP8 = torch.float8_e4m3fn
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
 
 
 @dataclasses.dataclass
@@ -29,7 +29,7 @@ class Pool:
     """
 
     pages: Tensor
-    scales: Tensor | None  # float8: [P, L, 2, B, Hkv]
+    scales: Tensor | None  # of bytes: [P, L, 2, B, Hkv]
     free: list[int]
 
     def views(self) -> tuple[Tensor, ...]:
@@ -41,7 +41,7 @@ class Pool:
         return {"k_scale": self.scales[:, 1, 0], "v_scale": self.scales[:, 1, 1]}
 
     def values(self) -> tuple[Tensor, Tensor]:
-        """K and V as the op must read them, without float8."""
+        """K and V as the op must read them, without bytes."""
         k, v = self.views()
         if self.scales is None:
             return k, v
@@ -53,15 +53,16 @@ class Pool:
 
 
 def make_pool(num_pages: int, block_size: int, kv_heads: int, dim: int, dtype) -> Pool:
-    """Float8 pages carry their scales behind their values."""
+    """Pages of bytes carry their scales behind their values."""
     poison = torch.tensor([float("nan"), float("inf"), -float("inf")])
     shape = (2, 2, block_size, kv_heads, dim)
-    values = poison[torch.randint(0, 3, (num_pages, *shape))].to(dtype)
-    if dtype != FP8:
+    values = poison[torch.randint(0, 3, (num_pages, *shape))]
+    values = values.nan_to_num(5, 127, -127).to(dtype) if dtype == INT8 else values.to(dtype)
+    if dtype not in (FP8, INT8):
         return Pool(values, None, torch.randperm(num_pages).tolist())
     size = values[0].numel()
     raw = torch.empty(num_pages, size + 4 * size // dim, dtype=torch.uint8)
-    pages = raw[:, :size].view(FP8).unflatten(1, shape)
+    pages = raw[:, :size].view(dtype).unflatten(1, shape)
     pages.copy_(values)
     scales = raw[:, size:].view(torch.float32).unflatten(1, shape[:-1])
     scales.fill_(torch.nan)
@@ -172,7 +173,7 @@ def make_case(
                 continue
             values = torch.randn(2, used, kv_heads, dim)
             if pool.scales is not None:
-                top = values.abs().amax(-1).clamp_min(1e-6) / 448
+                top = values.abs().amax(-1).clamp_min(1e-6) / (127 if cache_dtype == INT8 else 448)
                 pool.scales[page, 1, :, :used] = top
                 values /= top[..., None]
             pool.pages[page, 1, :, :used] = values.to(cache_dtype)
@@ -214,7 +215,7 @@ lengths = st.lists(
 @given(
     lengths=lengths,
     dtype=st.sampled_from(DTYPES),
-    float8=st.booleans(),
+    stored=st.sampled_from([None, FP8, INT8]),
     kv_heads=st.sampled_from([1, 2, 3]),
     group=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 12]),
     dim=st.sampled_from([8, 12, 16, 40, 64, 80, 96, 128, 256]),
@@ -226,9 +227,9 @@ lengths = st.lists(
     shared=st.sampled_from([0, 32, 64]),
     seed=st.integers(0, 2**31),
 )
-def test_values(lengths, dtype, float8, seed, **options):
+def test_values(lengths, dtype, stored, seed, **options):
     torch.manual_seed(seed)
-    check(make_case(lengths, dtype=dtype, cache_dtype=FP8 if float8 else dtype, **options))
+    check(make_case(lengths, dtype=dtype, cache_dtype=stored or dtype, **options))
 
 
 @pytest.mark.parametrize("queries", [1, 4, 130])

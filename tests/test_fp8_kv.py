@@ -1,4 +1,4 @@
-"""kv_cache_dtype="fp8": page records with scales, through the engine, generate and both paths."""
+"""kv_cache_dtype "fp8", "int8": page records with scales, through engine, generate, both paths."""
 
 import dataclasses
 import math
@@ -71,9 +71,24 @@ def test_logits(name, path):
         assert torch.equal(model(ids).logits, want)
 
 
-@pytest.fixture(scope="module")
-def llm(tiny):
-    with LLM(tiny, kv_cache_gib=0.01, kv_cache_dtype="fp8") as llm:
+@pytest.mark.parametrize("name", ["qwen3", "gpt_neox"])
+def test_int8_rounds_less(name):
+    model = models.build(name)
+    ids = torch.randint(0, model.config.vocab_size, (2, 40))
+    with torch.no_grad():
+        want = model(ids).logits
+    off = {}
+    for kind in ("fp8", "int8"):
+        patch_model(model, EngineConfig(kv_cache_dtype=kind))
+        assert kv_shape(model).scaled
+        off[kind] = relative_error(model(ids).logits, want)
+        unpatch_model(model)
+    assert 1e-4 < off["int8"] < off["fp8"] / 3
+
+
+@pytest.fixture(scope="module", params=["fp8", "int8"])
+def llm(tiny, request):
+    with LLM(tiny, kv_cache_gib=0.01, kv_cache_dtype=request.param) as llm:
         yield llm
 
 
@@ -130,7 +145,8 @@ def test_generate(llm, tiny):
     from transformers import AutoModelForCausalLM
 
     want = tokens_of(llm.generate(PROMPTS[1:2], GREEDY, use_tqdm=False))
-    model = patch_model(AutoModelForCausalLM.from_pretrained(tiny), FP8)
+    config = EngineConfig(kv_cache_dtype=llm.config.kv_cache_dtype)
+    model = patch_model(AutoModelForCausalLM.from_pretrained(tiny), config)
     ids = torch.tensor(PROMPTS[1:2])
     options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
     assert model.generate(ids, **options)[:, ids.shape[1] :].tolist() == want
@@ -142,7 +158,7 @@ def test_perplexity(smollm2):
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
     text = PASSAGES.read_text()
     perplexity = {}
-    for kind in ("auto", "fp8"):
+    for kind in ("auto", "fp8", "int8"):
         with LLM(
             smollm2, dtype="bfloat16", kv_cache_dtype=kind, max_model_len=2048, max_num_seqs=1
         ) as llm:
@@ -151,4 +167,5 @@ def test_perplexity(smollm2):
         perplexity[kind] = math.exp(-sum(found) / len(found))
     assert 10 < perplexity["auto"] < 25
     # One token of the text differs by 30%, so 1,200 of them tell a change to about 1%.
-    assert abs(perplexity["fp8"] / perplexity["auto"] - 1) < 0.02, perplexity
+    for kind in ("fp8", "int8"):
+        assert abs(perplexity[kind] / perplexity["auto"] - 1) < 0.02, perplexity

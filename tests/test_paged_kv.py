@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch_pd import ops
 
 MODEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FLOAT8 = torch.float8_e4m3fn
+FLOAT8, INT8 = torch.float8_e4m3fn, torch.int8
 few = settings(max_examples=60, deadline=None)
 
 
 @st.composite
-def pools(draw, dtypes=(*MODEL_DTYPES, FLOAT8)):
+def pools(draw, dtypes=(*MODEL_DTYPES, FLOAT8, INT8)):
     return {
         "num_pages": draw(st.integers(1, 6)),
         "num_layers": draw(st.integers(1, 3)),
@@ -27,7 +27,7 @@ def pools(draw, dtypes=(*MODEL_DTYPES, FLOAT8)):
 
 
 def model_dtype(pool, draw):
-    return draw(st.sampled_from(MODEL_DTYPES)) if pool["dtype"] == FLOAT8 else pool["dtype"]
+    return draw(st.sampled_from(MODEL_DTYPES)) if pool["dtype"] in (FLOAT8, INT8) else pool["dtype"]
 
 
 def random_slots(pool, num_tokens, generator):
@@ -81,6 +81,16 @@ def test_write_kv_float8_saturates_and_keeps_nan():
     assert scale[0, 0, 5, 0] == torch.tensor(1e30) / 448
     assert cache[0, 0, 5, 0, :3].float().tolist() == [448, -448, 0]
     assert cache[0, 0, 5, 0, 3].isnan()
+
+
+def test_write_kv_int8_rounds_to_even():
+    k = torch.zeros(1, 1, 16)
+    k[0, 0, :6] = torch.tensor([127.0, -127.0, 0.5, 1.5, -2.5, 3.4])
+    cache, scale = torch.zeros(2, 1, 16, 1, 16, dtype=INT8), torch.zeros(2, 1, 16, 1)
+    slots = torch.tensor([5])
+    ops.write_kv(k, k, cache[0], cache[1], slots, k_scale=scale[0], v_scale=scale[1])
+    assert scale[0, 0, 5, 0] == 1
+    assert cache[0, 0, 5, 0, :6].tolist() == [127, -127, 0, 2, -2, 3]
 
 
 @st.composite

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from torch_pd import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FLOAT8 = torch.float8_e4m3fn
+FLOAT8, INT8 = torch.float8_e4m3fn, torch.int8
 nan = float("nan")
 
 
 @st.composite
 def rope_cases(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    cache_dtype = draw(st.sampled_from([*DTYPES, FLOAT8]))
-    dtype = draw(st.sampled_from(DTYPES)) if cache_dtype == FLOAT8 else cache_dtype
+    cache_dtype = draw(st.sampled_from([*DTYPES, FLOAT8, INT8]))
+    dtype = draw(st.sampled_from(DTYPES)) if cache_dtype in (FLOAT8, INT8) else cache_dtype
     shards = draw(st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(any))
     kv_heads, group = sum(shards), draw(st.integers(1, 3))
     heads, dim = kv_heads * group, draw(st.sampled_from([2, 6, 16, 20, 64]))
@@ -80,16 +80,19 @@ def test_rope_write_kv(case):
         reference.assert_rounded(k_cache[page, token], k[written], 4e-6)
         assert torch.equal(v_cache[page, token], v[written].to(qkv.dtype))
     else:
-        v_bytes, v_scale = reference.quantize_e4m3(v[written])
+        v_bytes, v_scale = reference.quantize(v[written], v_cache.dtype)
         assert torch.equal(v_cache[page, token].view(torch.uint8), v_bytes.view(torch.uint8))
         assert torch.equal(pool.scales(layer)["v_scale"][page, token], v_scale)
         scale = pool.scales(layer)["k_scale"][page, token]
         largest = k[written].abs().amax(-1)
-        assert ((scale - largest / 448).abs() <= scale * 1e-5).all()
+        assert ((scale - largest / reference.BYTES[v_cache.dtype]).abs() <= scale * 1e-5).all()
         restored = k_cache[page, token].double() * scale[..., None]
-        # Half a step of three mantissa bits, or of the smallest one.
-        allowed = k[written].abs() * (2**-4 + 1e-5) + largest[..., None] * 2**-10 / 448 * 1.01
-        allowed += largest[..., None] * 1e-5
+        if v_cache.dtype == INT8:
+            allowed = largest[..., None].expand_as(k[written]) * 0.501 / 127
+        else:
+            # Half a step of three mantissa bits, or of the smallest one.
+            allowed = k[written].abs() * (2**-4 + 1e-5) + largest[..., None] * 2**-10 / 448 * 1.01
+            allowed += largest[..., None] * 1e-5
         assert ((restored - k[written]).abs() <= allowed).all()
     # Everything else in the pool is as it was.
     for cache, old in zip(pool.layer(layer), before.layer(layer), strict=True):

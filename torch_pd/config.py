@@ -163,7 +163,7 @@ class EngineConfig:
         "available memory",
         bounds="(0, inf)",
     )
-    kv_cache_dtype: str = option("auto", "precision of KV pages", ("auto", "fp8"))
+    kv_cache_dtype: str = option("auto", "precision of KV pages", ("auto", "fp8", "int8"))
     host_kv_gib: float = option(
         0.0,
         "GiB of pinned host memory for KV pages: swapped sequences, prefixes, and the older pages "

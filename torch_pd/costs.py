@@ -147,7 +147,7 @@ class Costs:
     Args:
         shape, machine: of the model and of each GPU.
         shards: ranks that share one copy of the weights (m); 1 has no remote shard.
-        kv_token_bytes: of one token's K and V as they are kept (float8 pages are half).
+        kv_token_bytes: of one token's K and V as they are kept (fp8 and int8 pages are half).
     """
 
     shape: ModelShape

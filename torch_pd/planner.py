@@ -314,15 +314,15 @@ def _plan_mode(
 
 
 def kv_shape_of(shape: ModelShape, settings: EngineConfig) -> KVShape:
-    """The KV pages of a model; float8 pages hold a float32 scale for each token and head."""
-    fp8 = settings.kv_cache_dtype == "fp8"
+    """The KV pages of a model; fp8 and int8 pages hold a float32 scale for each token and head."""
+    scaled = settings.kv_cache_dtype != "auto"
     return KVShape(
         shape.num_layers,
         shape.num_kv_heads,
         shape.head_dim,
-        1 if fp8 else shape.itemsize,
+        1 if scaled else shape.itemsize,
         settings.block_size,
-        scaled=fp8,
+        scaled=scaled,
     )
 
 

@@ -45,7 +45,8 @@ void check_queries(const char* op, const Attention& p) {
 AttentionCall make_call(const Attention& p, const LayerPools& pools) {
   AttentionCall c{};
   c.q = p.q, c.out = p.out, c.lse = p.lse, c.sinks = p.sinks;
-  c.dtype = p.dtype, c.float8 = p.cache.dtype == ScalarType::Float8_e4m3fn;
+  c.dtype = p.dtype, c.bytes = p.cache.k_scale != nullptr;
+  c.int8 = p.cache.dtype == ScalarType::Char;
   for (int64_t i = 0; i < pools.count; ++i) {
     c.k[i] = pools.k[i], c.v[i] = pools.v[i];
     c.k_scale[i] = pools.k_scale[i], c.v_scale[i] = pools.v_scale[i];

@@ -18,9 +18,10 @@ TPD_ISA(void, gated_act_rows,
         (const GatedAct& p, const int64_t* shard_widths, int64_t shards, int64_t begin,
          int64_t end))
 
-// write_kv into a float8 cache, and one head out of it.
-TPD_ISA(void, write_float8_rows, (const WriteKV& p, int64_t begin, int64_t end))
-TPD_ISA(void, read_float8,
-        (const void* from, float scale, void* to, ScalarType dtype, int64_t count))
+// write_kv into a cache of bytes, and one head out of it.
+TPD_ISA(void, write_byte_rows, (const WriteKV& p, int64_t begin, int64_t end))
+TPD_ISA(void, read_bytes,
+        (const void* from, ScalarType stored, float scale, void* to, ScalarType dtype,
+         int64_t count))
 
 }  // namespace torch_pd

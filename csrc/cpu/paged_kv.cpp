@@ -1,4 +1,4 @@
-// write_kv, gather_kv, copy_pages: checks, threads and copies; float8 rows are in isa/fused.cpp.
+// write_kv, gather_kv, copy_pages: checks, threads and copies; rows of bytes are in isa/fused.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -39,7 +39,7 @@ void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Ten
   const int64_t grain = grain_of(c.num_kv_heads * (c.k_dim + c.v_dim) * item);
   if (c.k_scale) {
     torch::stable::parallel_for(0, p.num_tokens, grain,
-                                [&](int64_t b, int64_t e) { write_float8_rows_fn()(p, b, e); });
+                                [&](int64_t b, int64_t e) { write_byte_rows_fn()(p, b, e); });
     return;
   }
   torch::stable::parallel_for(0, p.num_tokens, grain, [&](int64_t begin, int64_t end) {
@@ -100,10 +100,10 @@ void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block
       const float* ks = pools.k_scale[place] + page * c.ks_page + token * c.ks_token;
       const float* vs = pools.v_scale[place] + page * c.vs_page + token * c.vs_token;
       for (int64_t h = 0; h < c.num_kv_heads; ++h) {
-        read_float8_fn()(k_from + h * c.k_head, ks[h], k_to + h * p.k_head * out_item, p.dtype,
-                         c.k_dim);
-        read_float8_fn()(v_from + h * c.v_head, vs[h], v_to + h * p.v_head * out_item, p.dtype,
-                         c.v_dim);
+        read_bytes_fn()(k_from + h * c.k_head, c.dtype, ks[h], k_to + h * p.k_head * out_item,
+                        p.dtype, c.k_dim);
+        read_bytes_fn()(v_from + h * c.v_head, c.dtype, vs[h], v_to + h * p.v_head * out_item,
+                        p.dtype, c.v_dim);
       }
     }
   });

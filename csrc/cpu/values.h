@@ -9,7 +9,7 @@
 namespace torch_pd {
 
 inline int64_t element_size(ScalarType type) {
-  return type == ScalarType::Float ? 4 : type == ScalarType::Float8_e4m3fn ? 1 : 2;
+  return type == ScalarType::Float ? 4 : is_bytes(type) ? 1 : 2;
 }
 
 // Slots are -1 or inside the pool, and no slot is named twice: which token would win is undefined.

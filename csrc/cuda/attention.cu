@@ -17,13 +17,10 @@ void launch_plain(AttentionCall call) {
   const auto blocks = static_cast<unsigned>((rows + kPlainWarps - 1) / kPlainWarps);
   dispatch_float(launch.op, call.dtype, [&](auto* zero) {
     using T = std::remove_pointer_t<decltype(zero)>;
-    if (call.fp8) {
-      attention_plain<T, __nv_fp8_e4m3>
-          <<<blocks, kPlainWarps * 32, 0, launch.stream>>>(call.args, call.head_dim, call.v_dim);
-    } else {
-      attention_plain<T, T>
-          <<<blocks, kPlainWarps * 32, 0, launch.stream>>>(call.args, call.head_dim, call.v_dim);
-    }
+    auto* kernel = call.stored == kInt8     ? attention_plain<T, int8_t>
+                   : call.stored == kFloat8 ? attention_plain<T, __nv_fp8_e4m3>
+                                            : attention_plain<T, T>;
+    kernel<<<blocks, kPlainWarps * 32, 0, launch.stream>>>(call.args, call.head_dim, call.v_dim);
   });
   launch.check();
 }
@@ -38,9 +35,7 @@ bool fits_int32(int64_t x) { return x >= INT32_MIN && x <= INT32_MAX; }
 AttentionArgs make_args(const Launch& launch, const Attention& p) {
   const char* op = launch.op;
   const KVCache& c = p.cache;
-  const int64_t item = c.dtype == ScalarType::Float           ? 4
-                       : c.dtype == ScalarType::Float8_e4m3fn ? 1
-                                                              : 2;
+  const int64_t item = c.dtype == ScalarType::Float ? 4 : is_bytes(c.dtype) ? 1 : 2;
   for (int64_t n : {c.k_token * item * 64, c.v_token * item * 64, c.k_head * item * c.num_kv_heads,
                     c.v_head * item * c.num_kv_heads, c.ks_token * 64, c.vs_token * 64}) {
     TPD_CHECK(op, fits_int32(n), "a page of one layer must be smaller than 2 GiB");
@@ -111,7 +106,7 @@ void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
   const Launch launch(op, q);
   AttentionCall call{launch, q, make_args(launch, p)};
   call.head_dim = static_cast<int>(p.cache.k_dim), call.v_dim = static_cast<int>(p.cache.v_dim);
-  call.dtype = p.dtype, call.fp8 = p.cache.dtype == ScalarType::Float8_e4m3fn;
+  call.dtype = p.dtype, call.stored = stored_as(p.cache.dtype);
   const AttentionArgs& a = call.args;
   if (!fits_tensor_cores(p, a)) return launch_plain(call);
 

@@ -13,12 +13,21 @@ namespace torch_pd {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// How the cache holds keys and values: as q is, or as bytes with a scale for each head of a token.
+enum Stored { kAsQuery, kFloat8, kInt8 };
+
+inline Stored stored_as(ScalarType cache) {
+  return cache == ScalarType::Char            ? kInt8
+         : cache == ScalarType::Float8_e4m3fn ? kFloat8
+                                              : kAsQuery;
+}
+
 // Strides in bytes for the cache (k_scale, v_scale: in floats), in elements elsewhere.
 struct AttentionArgs {
   const char *k, *v;
   int64_t k_page, v_page;
   int32_t k_token, k_head, v_token, v_head;
-  const float *k_scale, *v_scale;  // float8 only
+  const float *k_scale, *v_scale;  // of bytes only
   int64_t ks_page, vs_page;
   int32_t ks_token, vs_token;
   const int64_t* places;  // [num_places, 2] or null

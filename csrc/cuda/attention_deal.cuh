@@ -21,15 +21,15 @@ struct DecodeArgs {
   float2* sums;        // [max_slices, 2, num_kv_heads, row_tiles * 16] maximum, sum of p
 };
 
-template <typename T, int D, bool FP8>
-struct DecodeTraits : TileTraits<T, D, FP8> {
-  using Tile = TileTraits<T, D, FP8>;
+template <typename T, int D, int STORED>
+struct DecodeTraits : TileTraits<T, D, STORED> {
+  using Tile = TileTraits<T, D, STORED>;
   // A step is as many bytes either way: with float8, the arithmetic on one tile at a time would
   // take nearly as long as its bytes. Wide heads have no registers for two.
-  static constexpr int kTiles = FP8 && D <= 128 ? 2 : 1;
+  static constexpr int kTiles = STORED && D <= 128 ? 2 : 1;
   static constexpr int kKeys = kTiles * kTileKeys;
   static constexpr int kHalfBytes = kTiles * Tile::kTileBytes;  // K or V
-  static constexpr int kLoadBytes = 2 * kHalfBytes + (FP8 ? 2 * kKeys * 4 : 0);
+  static constexpr int kLoadBytes = 2 * kHalfBytes + (STORED ? 2 * kKeys * 4 : 0);
   // A warp's sums of one sequence take the place of a stage; the pitch avoids bank conflicts.
   static constexpr int kSumPitch = D + 8;
   static constexpr int kSumBytes = 16 * kSumPitch * 4;

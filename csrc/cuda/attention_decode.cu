@@ -39,9 +39,9 @@ void combine(const Launch& launch, const DecodeArgs& d, int max_tokens) {
                kCombineWarps * 32, kShared, d);
 }
 
-template <typename T, int D, bool FP8>
+template <typename T, int D, int STORED>
 void decode(const AttentionCall& call, int max_rows) {
-  using Traits = DecodeTraits<T, D, FP8>;
+  using Traits = DecodeTraits<T, D, STORED>;
   const Launch& launch = call.launch;
   DecodeArgs d{call.args};
   const AttentionArgs& a = d.a;
@@ -81,10 +81,10 @@ void launch_decode(AttentionCall call, int max_rows) {
   call.args.max_rows = max_rows;
   dispatch_attention(call, [&](auto zero, auto width) {
     using T = decltype(zero);
-    if (call.fp8) {
-      decode<T, width.value, true>(call, max_rows);
-    } else {
-      decode<T, width.value, false>(call, max_rows);
+    switch (call.stored) {
+      case kAsQuery: return decode<T, width.value, kAsQuery>(call, max_rows);
+      case kFloat8: return decode<T, width.value, kFloat8>(call, max_rows);
+      case kInt8: return decode<T, width.value, kInt8>(call, max_rows);
     }
   });
 }

@@ -15,7 +15,7 @@ struct AttentionCall {
   int head_dim;  // of K; V is as wide except in the plain kernel
   int v_dim;
   ScalarType dtype;
-  bool fp8;
+  Stored stored;
 };
 
 // Each takes the sequences whose packed rows are min_rows < rows <= max_rows.

@@ -14,7 +14,7 @@ constexpr int kPlainColumns = 16;  // per lane: V is at most 512 wide
 template <typename T, typename KV>
 __global__ void __launch_bounds__(kPlainWarps * 32)
     attention_plain(const __grid_constant__ AttentionArgs a, int k_dim, int v_dim) {
-  constexpr bool kScaled = std::is_same_v<KV, __nv_fp8_e4m3>;
+  constexpr bool kScaled = std::is_same_v<KV, __nv_fp8_e4m3> || std::is_same_v<KV, int8_t>;
   const int lane = threadIdx.x % 32;
   const int64_t id = static_cast<int64_t>(blockIdx.x) * kPlainWarps + threadIdx.x / 32;
   const int token = static_cast<int>(id / a.num_heads);

@@ -44,10 +44,10 @@ void launch_prefill(AttentionCall call, int min_rows) {
   call.args.max_rows = INT32_MAX;
   dispatch_attention(call, [&](auto zero, auto width) {
     using T = decltype(zero);
-    if (call.fp8) {
-      prefill<PrefillTraits<T, width.value, true>>(call);
-    } else {
-      prefill<PrefillTraits<T, width.value, false>>(call);
+    switch (call.stored) {
+      case kAsQuery: return prefill<PrefillTraits<T, width.value, kAsQuery>>(call);
+      case kFloat8: return prefill<PrefillTraits<T, width.value, kFloat8>>(call);
+      case kInt8: return prefill<PrefillTraits<T, width.value, kInt8>>(call);
     }
   });
 }

@@ -33,14 +33,14 @@ __device__ __forceinline__ KeyRange key_range(const AttentionArgs& a, const Sequ
   return {max(0, low), max(0, q.position((row1 - 1) / a.group) + 1)};
 }
 
-template <typename T, int D, bool FP8>
-struct PrefillTraits : TileTraits<T, D, FP8> {
-  using Tile = TileTraits<T, D, FP8>;
+template <typename T, int D, int STORED>
+struct PrefillTraits : TileTraits<T, D, STORED> {
+  using Tile = TileTraits<T, D, STORED>;
   static constexpr int kWarps = 4;
   static constexpr int kRows = kWarps * 16;
   static constexpr int kKeys = kWarps * kTileKeys;  // of a stage: each warp loads one tile
   static constexpr int kStageBytes =
-      kWarps * (2 * Tile::kTileBytes + (FP8 ? 2 * kTileKeys * 4 : 0));
+      kWarps * (2 * Tile::kTileBytes + (STORED ? 2 * kTileKeys * 4 : 0));
   static constexpr int kShared = 2 * kStageBytes;
 };
 

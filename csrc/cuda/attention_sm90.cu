@@ -85,7 +85,7 @@ void dispatch_width(const AttentionCall& call) {
 bool fits_sm90(const AttentionCall& call) {
 #ifdef TORCH_PD_SM90A
   const AttentionArgs& a = call.args;
-  bool fits = call.launch.info.capability == 90 && !call.fp8 && a.num_places <= 1 &&
+  bool fits = call.launch.info.capability == 90 && call.stored == kAsQuery && a.num_places <= 1 &&
               a.scale_log2 > 0.0f &&
               (call.head_dim == 64 || call.head_dim == 128 || call.head_dim == 256);
   // The copy engine's strides are unsigned and below 2^40.

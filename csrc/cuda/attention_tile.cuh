@@ -8,12 +8,17 @@ namespace torch_pd {
 
 constexpr int kTileKeys = 16;  // never more than one page
 
-template <typename T_, int D_, bool FP8_>
+template <typename T_, int D_, int STORED>
 struct TileTraits {
-  using T = T_;                                      // of q and out
-  using Mma = std::conditional_t<FP8_, __half, T_>;  // float8 is exact in float16
+  using T = T_;                                                    // of q and out
+  using Mma = std::conditional_t<STORED != kAsQuery, __half, T_>;  // bytes are exact in float16
   static constexpr int D = D_;
-  static constexpr bool FP8 = FP8_;
+  static constexpr bool FP8 = STORED != kAsQuery;  // either kind of bytes
+  // Two bytes of the low half of x.
+  static __device__ __forceinline__ uint32_t to_half2(uint32_t x) {
+    return STORED == kInt8 ? ptx::int8_to_half2(static_cast<uint16_t>(x))
+                           : ptx::e4m3_to_half2(static_cast<uint16_t>(x));
+  }
   static constexpr int kRowBytes = D * (FP8 ? 1 : 2);
   static constexpr int kChunks = kRowBytes / 16;
   // An odd number of 16-byte chunks: ldmatrix reads 8 rows without bank conflicts.
@@ -211,8 +216,7 @@ struct RowTile {
     }
   }
   __device__ __forceinline__ void step_fp8(float (&s)[4], int k, uint32_t x) const {
-    ptx::mma<Mma>(s, query.a[k], ptx::e4m3_to_half2(static_cast<uint16_t>(x)),
-                  ptx::e4m3_to_half2(static_cast<uint16_t>(x >> 16)));
+    ptx::mma<Mma>(s, query.a[k], Traits::to_half2(x), Traits::to_half2(x >> 16));
   }
 
   __device__ __forceinline__ void add_values(uint32_t values, const uint32_t (&p)[4]) {
@@ -245,10 +249,8 @@ struct RowTile {
   __device__ __forceinline__ void add_fp8(float (&even)[4], float (&odd)[4], const uint32_t (&p)[4],
                                           uint32_t x, uint32_t y) {
     const uint32_t x2 = __byte_perm(x, 0, 0x3120), y2 = __byte_perm(y, 0, 0x3120);
-    ptx::mma<Mma>(even, p, ptx::e4m3_to_half2(static_cast<uint16_t>(x2)),
-                  ptx::e4m3_to_half2(static_cast<uint16_t>(y2)));
-    ptx::mma<Mma>(odd, p, ptx::e4m3_to_half2(static_cast<uint16_t>(x2 >> 16)),
-                  ptx::e4m3_to_half2(static_cast<uint16_t>(y2 >> 16)));
+    ptx::mma<Mma>(even, p, Traits::to_half2(x2), Traits::to_half2(y2));
+    ptx::mma<Mma>(odd, p, Traits::to_half2(x2 >> 16), Traits::to_half2(y2 >> 16));
   }
 
   // Adds TILES tiles of keys from position `key` on: K and V at shared addresses `keys`, `values`.

@@ -1,4 +1,4 @@
-// Addresses inside a paged KV pool, and float8 storage, for the kernels that read or write pages.
+// Addresses inside a paged KV pool, and storage as bytes, for the kernels that read or write pages.
 #pragma once
 
 #include "../params.h"
@@ -6,8 +6,9 @@
 
 namespace torch_pd {
 
-// Largest float8_e4m3fn value: a head's largest magnitude is stored as this, times its scale.
-constexpr float kFp8Max = 448.0f;
+// Largest float8_e4m3fn and int8 value: a head's largest magnitude is stored as this, times its
+// scale.
+constexpr float kFp8Max = 448.0f, kInt8Max = 127.0f;
 
 __host__ __device__ inline int block_shift(int64_t block_size) {
   return block_size == 16 ? 4 : block_size == 32 ? 5 : 6;  // params.h allows no other
@@ -75,9 +76,9 @@ inline Rows in_words(const Rows& r, int64_t n) {
   return {r.k_token / n, r.k_head / n, r.v_token / n, r.v_head / n};
 }
 
-// True if 8 elements of both sides of a float8 cache can move as one access.
+// True if 8 elements of both sides of a cache of bytes can move as one access.
 template <typename T>
-inline bool fp8_aligned(const KVCache& c, const void* k, const void* v, const Rows& rows) {
+inline bool bytes_aligned(const KVCache& c, const void* k, const void* v, const Rows& rows) {
   bool yes = cache_aligned(c, 1, 8, 8) && aligned(k, 16) && aligned(v, 16);
   for (int64_t n : {rows.k_token, rows.k_head, rows.v_token, rows.v_head}) {
     yes = yes && n * static_cast<int64_t>(sizeof(T)) % 16 == 0;
@@ -86,8 +87,8 @@ inline bool fp8_aligned(const KVCache& c, const void* k, const void* v, const Ro
 }
 
 // Scale of a head of largest magnitude `amax`; values are stored divided by it, as on the CPU.
-__device__ __forceinline__ float fp8_scale(float amax) {
-  const float scale = amax / kFp8Max;
+__device__ __forceinline__ float byte_scale(float amax, bool int8) {
+  const float scale = amax / (int8 ? kInt8Max : kFp8Max);
   return scale > 0.0f ? scale : 1.0f;
 }
 
@@ -107,14 +108,18 @@ struct Quotient {
   }
 };
 
-// N values of a head as float8, divided by its scale.
+// Stores N values of a head as bytes, divided by its scale.
 template <int N>
-__device__ __forceinline__ Vec<__nv_fp8_e4m3, N> quantize(const float (&x)[N],
-                                                          const Quotient& quotient) {
+__device__ __forceinline__ void store_bytes(uint8_t* to, const float (&x)[N],
+                                            const Quotient& quotient, bool int8) {
   float q[N];
 #pragma unroll
   for (int e = 0; e < N; ++e) q[e] = quotient(x[e]);
-  return narrow<__nv_fp8_e4m3, N>(q);
+  if (int8) {
+    store_vec(reinterpret_cast<int8_t*>(to), narrow<int8_t, N>(q));
+  } else {
+    store_vec(reinterpret_cast<__nv_fp8_e4m3*>(to), narrow<__nv_fp8_e4m3, N>(q));
+  }
 }
 
 // One token's K or V heads as accesses of VEC elements, numbered through.

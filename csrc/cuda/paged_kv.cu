@@ -30,7 +30,7 @@ struct Side {
   Heads<VEC> heads;
   const void* from;
   int64_t page, token, head;
-  const float* scales;  // float8 only
+  const float* scales;  // of a cache of bytes
   int64_t scale_page, scale_token;
   void* to;
   int64_t to_token, to_head;
@@ -58,7 +58,7 @@ __device__ __forceinline__ void read_scales(const Heads<VEC>& heads, const float
   }
 }
 
-// Writes what read_heads got, times its scales if Src is float8.
+// Writes what read_heads got, times its scales if Src is of bytes.
 template <typename Src, typename Dst, int VEC>
 __device__ __forceinline__ void put_heads(const Heads<VEC>& heads, Dst* to, int64_t stride,
                                           int first, const Vec<Src, VEC> (&held)[kHeld],
@@ -83,7 +83,7 @@ __device__ __forceinline__ void put_heads(const Heads<VEC>& heads, Dst* to, int6
 }
 
 // A warp takes K or V of one token: few registers, so that many find their token while others copy.
-// Src is float8 (converted to Dst) or one word type on both sides. Nothing is prefetched:
+// Src is a byte (converted to Dst) or one word type on both sides. Nothing is prefetched:
 // prefetches pass by the L1 cache, and those of all warps for the few lines of starts and lengths
 // would queue in one place of L2.
 template <typename Src, typename Dst, int VEC>
@@ -207,10 +207,13 @@ void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block
   if (p.cache.k_scale) {
     dispatch_float(op, p.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      if (fp8_aligned<T>(p.cache, p.k, p.v, rows)) {
-        start(gather_kernel<__nv_fp8_e4m3, T, 8>, kEight, p.cache, rows);
+      const bool wide = bytes_aligned<T>(p.cache, p.k, p.v, rows);
+      if (p.cache.dtype == ScalarType::Char) {
+        wide ? start(gather_kernel<int8_t, T, 8>, kEight, p.cache, rows)
+             : start(gather_kernel<int8_t, T, 1>, kOne, p.cache, rows);
       } else {
-        start(gather_kernel<__nv_fp8_e4m3, T, 1>, kOne, p.cache, rows);
+        wide ? start(gather_kernel<__nv_fp8_e4m3, T, 8>, kEight, p.cache, rows)
+             : start(gather_kernel<__nv_fp8_e4m3, T, 1>, kOne, p.cache, rows);
       }
     });
   } else {

@@ -83,6 +83,14 @@ __device__ __forceinline__ uint32_t e4m3_to_half2(uint16_t x) {
   return y.x | static_cast<uint32_t>(y.y) << 16;
 }
 
+// The two int8 values in the low half of `x`, exact in float16: with the sign bit flipped a byte is
+// the low one of 1024 + 128 + value.
+__device__ __forceinline__ uint32_t int8_to_half2(uint16_t x) {
+  const uint32_t y = __byte_perm(x ^ 0x8080u, 0x64646464u, 0x5150);
+  const __half2 z = __hsub2(reinterpret_cast<const __half2&>(y), __float2half2_rn(1152.0f));
+  return reinterpret_cast<const uint32_t&>(z);
+}
+
 template <typename T>
 __device__ __forceinline__ uint32_t pack2(float lo, float hi) {
   if constexpr (std::is_same_v<T, __half>) {

@@ -135,7 +135,7 @@ __device__ __forceinline__ void read_rotation(const RopeArgs& a, int64_t token, 
 // Where a head goes; `to` null: nowhere (padding, or a slot outside the pool).
 struct Target {
   void* to;
-  float* scale;  // of a float8 cache
+  float* scale;  // of a cache of bytes
 };
 
 __device__ __forceinline__ Target target_of(const RopeArgs& a, int64_t token, int64_t place,
@@ -188,6 +188,7 @@ __device__ __forceinline__ void finish_head(const RopeArgs& a, int64_t token, co
           second * to_float(rotation.cos[1].at[e]) + first * to_float(rotation.sin[1].at[e]);
     }
   }
+  const bool int8 = a.cache.dtype == ScalarType::Char;
   float scale = 1.0f;
   if (a.cache.k_scale != nullptr && __ballot_sync(0xffffffffu, kind != kQuery) != 0) {
     float amax[1] = {0.0f};
@@ -196,7 +197,7 @@ __device__ __forceinline__ void finish_head(const RopeArgs& a, int64_t token, co
       amax[0] = fmaxf(amax[0], fabsf(x[i / (2 * VEC)][i / VEC % 2][i % VEC]));
     }
     group_maxima(amax, a.lanes);
-    scale = fp8_scale(amax[0]);
+    scale = byte_scale(amax[0], int8);
   }
   if (target.to == nullptr) return;
   if (target.scale != nullptr && lane == 0) *target.scale = scale;
@@ -208,7 +209,7 @@ __device__ __forceinline__ void finish_head(const RopeArgs& a, int64_t token, co
       const int column = columns.at[p][s];
       if (column >= a.head_dim) continue;
       if (target.scale != nullptr) {
-        store_vec(static_cast<__nv_fp8_e4m3*>(target.to) + column, quantize(x[p][s], quotient));
+        store_bytes(static_cast<uint8_t*>(target.to) + column, x[p][s], quotient, int8);
       } else {
         store_vec(static_cast<T*>(target.to) + column, narrow<T, VEC>(x[p][s]));
       }
@@ -297,9 +298,9 @@ template <typename T, int VEC>
 bool fits(const RopeWriteKV& p) {
   constexpr int64_t kItem = sizeof(T);
   const KVCache& c = p.cache;
-  const bool fp8 = c.k_scale != nullptr;
+  const bool bytes = c.k_scale != nullptr;
   bool yes = p.head_dim % (2 * VEC) == 0 && p.rope_dim % (2 * VEC) == 0 && aligned(p.qkv, 16) &&
-             aligned(p.q, 16) && cache_aligned(c, fp8 ? 1 : kItem, fp8 ? VEC : 16, VEC);
+             aligned(p.q, 16) && cache_aligned(c, bytes ? 1 : kItem, bytes ? VEC : 16, VEC);
   for (int64_t stride : {p.qkv_token, p.q_token, p.q_head}) yes = yes && stride * kItem % 16 == 0;
   if (p.rope_dim > 0) {
     const int64_t item = p.rope_float ? 4 : kItem;

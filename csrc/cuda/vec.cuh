@@ -27,6 +27,7 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_fp8_e4m3 x) { return static_cast<float>(x); }
+__device__ __forceinline__ float to_float(int8_t x) { return static_cast<float>(x); }
 
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
@@ -45,6 +46,10 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
 template <>
 __device__ __forceinline__ __nv_fp8_e4m3 from_float<__nv_fp8_e4m3>(float x) {
   return __nv_fp8_e4m3(x);  // saturates at 448; NaN stays NaN
+}
+template <>
+__device__ __forceinline__ int8_t from_float<int8_t>(float x) {
+  return static_cast<int8_t>(max(-127, min(127, __float2int_rn(x))));  // NaN becomes 0
 }
 
 // N elements that move as one access of up to 16 bytes (two for 32).
@@ -67,7 +72,7 @@ __device__ __forceinline__ void store_vec(T* to, const Vec<T, N>& value) {
 template <typename T, int N>
 __device__ __forceinline__ Vec<T, N> narrow(const float (&x)[N]) {
   Vec<T, N> out;
-  if constexpr (std::is_same_v<T, float> || N % 2 != 0) {
+  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, int8_t> || N % 2 != 0) {
 #pragma unroll
     for (int e = 0; e < N; ++e) out.at[e] = from_float<T>(x[e]);
   } else {

@@ -61,14 +61,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Accesses of one head per lane.
-constexpr int kFp8Held = 2, kFp8Vec = 8;
+constexpr int kByteHeld = 2, kByteVec = 8;
 
-// A float8 cache: a group of lanes holds one head of a token, finds its largest magnitude and
+// A cache of bytes: a group of lanes holds one head of a token, finds its largest magnitude and
 // stores it scaled.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    write_fp8_kernel(const __grid_constant__ WriteArgs a, const int lane_bits,
-                     const FastDiv heads) {
+    write_bytes_kernel(const __grid_constant__ WriteArgs a, const int lane_bits,
+                       const FastDiv heads) {
   const int lanes = 1 << lane_bits, lane = threadIdx.x & (lanes - 1);
   const uint32_t item = (blockIdx.x * kThreads + threadIdx.x) >> lane_bits;
   const int64_t token = heads.div(item);
@@ -83,36 +83,37 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t place = active ? a.slots[token] : -1;
   const T* from = is_k ? static_cast<const T*>(a.k) + token * a.rows.k_token + head * a.rows.k_head
                        : static_cast<const T*>(a.v) + token * a.rows.v_token + head * a.rows.v_head;
-  Vec<T, kFp8Vec> in[kFp8Held];
+  Vec<T, kByteVec> in[kByteHeld];
 #pragma unroll
-  for (int i = 0; i < kFp8Held; ++i) {
-    const int column = (lane + i * lanes) * kFp8Vec;
+  for (int i = 0; i < kByteHeld; ++i) {
+    const int column = (lane + i * lanes) * kByteVec;
     in[i] = {};
-    if (active && column < dim) in[i] = load_vec<kFp8Vec>(from + column);
+    if (active && column < dim) in[i] = load_vec<kByteVec>(from + column);
   }
   float amax[1] = {0.0f};
 #pragma unroll
-  for (int i = 0; i < kFp8Held; ++i) {
+  for (int i = 0; i < kByteHeld; ++i) {
 #pragma unroll
-    for (int e = 0; e < kFp8Vec; ++e) amax[0] = fmaxf(amax[0], fabsf(to_float(in[i].at[e])));
+    for (int e = 0; e < kByteVec; ++e) amax[0] = fmaxf(amax[0], fabsf(to_float(in[i].at[e])));
   }
   group_maxima(amax, lanes);
   const Slot slot = locate_slot(c, place, a.flag, kWriteKV, index == 0 && lane == 0);
   if (slot.page < 0) return;
-  const float scale = fp8_scale(amax[0]);
+  const bool int8 = c.dtype == ScalarType::Char;
+  const float scale = byte_scale(amax[0], int8);
   const Quotient quotient(scale);
-  __nv_fp8_e4m3* to = is_k ? static_cast<__nv_fp8_e4m3*>(c.k) + slot.page * c.k_page +
-                                 slot.token * c.k_token + head * c.k_head
-                           : static_cast<__nv_fp8_e4m3*>(c.v) + slot.page * c.v_page +
-                                 slot.token * c.v_token + head * c.v_head;
+  uint8_t* to = is_k ? static_cast<uint8_t*>(c.k) + slot.page * c.k_page + slot.token * c.k_token +
+                           head * c.k_head
+                     : static_cast<uint8_t*>(c.v) + slot.page * c.v_page + slot.token * c.v_token +
+                           head * c.v_head;
 #pragma unroll
-  for (int i = 0; i < kFp8Held; ++i) {
-    const int column = (lane + i * lanes) * kFp8Vec;
+  for (int i = 0; i < kByteHeld; ++i) {
+    const int column = (lane + i * lanes) * kByteVec;
     if (column >= dim) continue;
-    float x[kFp8Vec];
+    float x[kByteVec];
     keep_packed(in[i]);
     widen(in[i], x);
-    store_vec(to + column, quantize(x, quotient));
+    store_bytes(to + column, x, quotient, int8);
   }
   if (lane == 0) {
     (is_k ? c.k_scale + slot.page * c.ks_page + slot.token * c.ks_token
@@ -120,10 +121,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A float8 cache, heads of any width and alignment, read twice: `lanes` threads per head.
+// A cache of bytes, heads of any width and alignment, read twice: `lanes` threads per head.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    write_fp8_plain_kernel(const WriteArgs a, const int lanes, const FastDiv heads) {
+    write_bytes_plain_kernel(const WriteArgs a, const int lanes, const FastDiv heads) {
   after_previous();
   const int lane = threadIdx.x % lanes;
   const int64_t item = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / lanes;
@@ -145,13 +146,15 @@ __global__ void __launch_bounds__(kThreads)
   }
   const Slot slot = locate_slot(c, a.slots[token], a.flag, kWriteKV, index == 0 && lane == 0);
   if (slot.page < 0) return;
-  const float scale = fp8_scale(amax);
-  __nv_fp8_e4m3* to = is_k ? static_cast<__nv_fp8_e4m3*>(c.k) + slot.page * c.k_page +
-                                 slot.token * c.k_token + head * c.k_head
-                           : static_cast<__nv_fp8_e4m3*>(c.v) + slot.page * c.v_page +
-                                 slot.token * c.v_token + head * c.v_head;
+  const bool int8 = c.dtype == ScalarType::Char;
+  const float scale = byte_scale(amax, int8);
+  uint8_t* to = is_k ? static_cast<uint8_t*>(c.k) + slot.page * c.k_page + slot.token * c.k_token +
+                           head * c.k_head
+                     : static_cast<uint8_t*>(c.v) + slot.page * c.v_page + slot.token * c.v_token +
+                           head * c.v_head;
   for (int i = lane; i < dim; i += lanes) {
-    to[i] = from_float<__nv_fp8_e4m3>(to_float(from[i]) / scale);
+    const float x = to_float(from[i]) / scale;
+    to[i] = int8 ? static_cast<uint8_t>(from_float<int8_t>(x)) : from_float<__nv_fp8_e4m3>(x).__x;
   }
   if (lane == 0) {
     (is_k ? c.k_scale + slot.page * c.ks_page + slot.token * c.ks_token
@@ -164,23 +167,23 @@ void check_count(int64_t count) {
             " threads in one launch, at most 2^31 - 1");
 }
 
-// T: type of k and v; the cache is float8.
+// T: type of k and v; the cache is of bytes.
 template <typename T>
-void launch_fp8(const WriteKV& p, const WriteArgs& a, const Launch& launch) {
+void launch_bytes(const WriteKV& p, const WriteArgs& a, const Launch& launch) {
   const int64_t heads = 2 * p.cache.num_kv_heads;
   const int64_t dim = std::max(p.cache.k_dim, p.cache.v_dim);
-  if (fp8_aligned<T>(p.cache, p.k, p.v, a.rows) && dim <= 32 * kFp8Held * kFp8Vec) {
+  if (bytes_aligned<T>(p.cache, p.k, p.v, a.rows) && dim <= 32 * kByteHeld * kByteVec) {
     int lane_bits = 0;
-    while (dim > (kFp8Held * kFp8Vec) << lane_bits) ++lane_bits;
+    while (dim > (kByteHeld * kByteVec) << lane_bits) ++lane_bits;
     const int64_t blocks = ceil_div(p.num_tokens * heads << lane_bits, kThreads);
     check_count(blocks * kThreads);
-    start_overlapped(launch, write_fp8_kernel<T>, blocks, kThreads, a, lane_bits, FastDiv(heads));
+    start_overlapped(launch, write_bytes_kernel<T>, blocks, kThreads, a, lane_bits, FastDiv(heads));
     return;
   }
   const int lanes = lanes_for(dim);
   const int64_t blocks = ceil_div(p.num_tokens * heads * lanes, kThreads);
   check_count(blocks * kThreads);
-  start_overlapped(launch, write_fp8_plain_kernel<T>, blocks, kThreads, a, lanes, FastDiv(heads));
+  start_overlapped(launch, write_bytes_plain_kernel<T>, blocks, kThreads, a, lanes, FastDiv(heads));
 }
 
 void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
@@ -193,7 +196,7 @@ void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Ten
   WriteArgs a{p.cache, p.k, p.v, p.num_tokens, rows, p.slots, error_flag(op, launch.device)};
   if (p.cache.k_scale) {
     dispatch_float(op, p.dtype, [&](auto* type) {
-      launch_fp8<std::remove_pointer_t<decltype(type)>>(p, a, launch);
+      launch_bytes<std::remove_pointer_t<decltype(type)>>(p, a, launch);
     });
     return;
   }

@@ -10,7 +10,7 @@ from torch_pd import ops
 
 DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FLOAT8 = torch.float8_e4m3fn
+FLOAT8, INT8 = torch.float8_e4m3fn, torch.int8
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
 LAYER = 1
 nan = float("nan")
@@ -45,7 +45,7 @@ def assert_frame(whole: Tensor, inside: Tensor) -> None:
 
 
 @st.composite
-def pools(draw, dtypes=(*DTYPES, FLOAT8)):
+def pools(draw, dtypes=(*DTYPES, FLOAT8, INT8)):
     return {
         "num_pages": draw(st.integers(3, 7)),  # the first and the last are guards
         "num_layers": 2,

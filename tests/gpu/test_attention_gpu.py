@@ -18,7 +18,8 @@ from reference import PLACE_SHIFT, poisoned, ref_paged_attention, relative_error
 
 from torch_pd import ops
 
-BF16, F16, F32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
 # Relative to the largest value of the reference; bfloat16 has 8 bits, and p is rounded as well.
 TOLERANCE = {BF16: 1e-2, F16: 2e-3, F32: 2e-5}
 LAYERS, LAYER = 2, 1
@@ -62,13 +63,13 @@ class Case:
 def make_place(pages: int, block: int, heads: int, dim: int, dtype: torch.dtype, pinned: bool):
     shape = (pages, LAYERS, 2, block, heads, dim)
     size = math.prod(shape[1:]) * dtype.itemsize
-    total = size + (math.prod(shape[1:5]) * 4 if dtype == FP8 else 0)
+    total = size + (math.prod(shape[1:5]) * 4 if dtype in (FP8, INT8) else 0)
     kwargs = {"pin_memory": True} if pinned else {"device": "cuda"}
     # A guard page before and after.
     memory = torch.empty(pages + 2, total, dtype=torch.uint8, **kwargs).fill_(0xFF)
     inside = memory[1:-1]
     data = inside[:, :size].view(dtype).unflatten(1, shape[1:])
-    scales = inside[:, size:].view(F32).unflatten(1, shape[1:5]) if dtype == FP8 else None
+    scales = inside[:, size:].view(F32).unflatten(1, shape[1:5]) if dtype in (FP8, INT8) else None
     return Place(memory, data, scales)
 
 
@@ -81,7 +82,7 @@ def make_case(
     dim: int = 128,
     block: int = 16,
     dtype: torch.dtype = BF16,
-    fp8: bool = False,
+    stored: torch.dtype | None = None,
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: bool = False,
@@ -93,7 +94,7 @@ def make_case(
     generator = torch.Generator().manual_seed(seed)
     rng = random.Random(seed)
     heads = group * kv_heads
-    kv_dtype = FP8 if fp8 else dtype
+    kv_dtype = stored or dtype
     need = [-(-n // block) for n in lens]
     pages = sum(need) + 2
     places = [make_place(pages, block, kv_heads, dim, kv_dtype, False)]
@@ -114,11 +115,12 @@ def make_case(
                 continue
             kv = torch.randn(2, high - low, kv_heads, dim, generator=generator)
             place = places[where]
-            if fp8:
+            if stored is not None:
                 scale = torch.exp(torch.randn(2, high - low, kv_heads, generator=generator))
-                kv = (kv * 60).clamp(-448, 448).to(FP8)
-                place.scales[page, LAYER, :, low:high] = (scale / 60).to(place.scales.device)
-                exact = kv.double() * (scale / 60).double()[..., None]
+                most = 127 if stored == INT8 else 448
+                kv = (kv * most / 7).clamp(-most, most).to(stored)
+                place.scales[page, LAYER, :, low:high] = (scale / most * 7).to(place.scales.device)
+                exact = kv.double() * (scale / most * 7).double()[..., None]
             else:
                 kv = kv.to(dtype)
                 exact = kv.double()
@@ -156,8 +158,8 @@ def make_case(
         "window": window,
         "soft_cap": soft_cap,
         "sinks": None if sink_values is None else sink_values.cuda(),
-        "k_scale": places[0].scales[:, LAYER, 0] if fp8 else None,
-        "v_scale": places[0].scales[:, LAYER, 1] if fp8 else None,
+        "k_scale": places[0].scales[:, LAYER, 0] if stored else None,
+        "v_scale": places[0].scales[:, LAYER, 1] if stored else None,
         "places": table,
         "lse": torch.empty(tokens, heads, device="cuda"),
     }
@@ -170,7 +172,7 @@ def cases(draw, most_queries: int, most_keys: int) -> dict:
     if sum(queries) == 0:
         queries[0] = 1
     lens = [n + draw(st.integers(0, most_keys)) for n in queries]
-    fp8 = draw(st.booleans())
+    stored = draw(st.sampled_from([None, FP8, INT8]))
     return {
         "lens": lens,
         "queries": queries,
@@ -179,7 +181,7 @@ def cases(draw, most_queries: int, most_keys: int) -> dict:
         "dim": draw(st.sampled_from([64, 80, 96, 128, 256])),
         "block": draw(st.sampled_from([16, 32, 64])),
         "dtype": draw(st.sampled_from([BF16, F16])),
-        "fp8": fp8,
+        "stored": stored,
         "window": draw(st.sampled_from([0, 0, 1, 17, 64, 200])),
         "soft_cap": draw(st.sampled_from([0.0, 0.0, 5.0])),
         "sinks": draw(st.booleans()),
@@ -202,11 +204,11 @@ def test_prefill(case: dict) -> None:
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_decode_many_slices(dim: int, fp8: bool) -> None:
+@pytest.mark.parametrize("stored", [None, FP8, INT8])
+def test_decode_many_slices(dim: int, stored: torch.dtype | None) -> None:
     """Long and skewed: sequences that many slices share, others that none cuts."""
     lens = [6000, 1, 17, 900, 1500, 64, 16]
-    make_case(lens, [1, 1, 1, 2, 1, 1, 1], dim=dim, fp8=fp8, kv_heads=8, group=8).check()
+    make_case(lens, [1, 1, 1, 2, 1, 1, 1], dim=dim, stored=stored, kv_heads=8, group=8).check()
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
@@ -229,16 +231,18 @@ def test_plain(dim: int) -> None:
     make_case([50, 3, 90], [7, 1, 40], dim=dim, dtype=F32, window=30, sinks=True).check()
     if dim != 64:
         make_case([50, 3, 90], [7, 1, 40], dim=dim, dtype=F16, soft_cap=3.0).check()
-        make_case([50, 3, 90], [7, 1, 40], dim=dim, dtype=F32, fp8=True, pinned=True).check()
+        make_case([50, 3, 90], [7, 1, 40], dim=dim, dtype=F32, stored=FP8, pinned=True).check()
 
 
 @pytest.mark.parametrize(
     ("lens", "queries"), [([3000, 70, 1], [1, 1, 1]), ([400, 90, 500], [200, 1, 3])]
 )
-@pytest.mark.parametrize("fp8", [False, True])
-def test_graph_replay_equals_eager(lens: list[int], queries: list[int], fp8: bool) -> None:
+@pytest.mark.parametrize("stored", [None, FP8, INT8])
+def test_graph_replay_equals_eager(
+    lens: list[int], queries: list[int], stored: torch.dtype | None
+) -> None:
     """Replays with other lengths in the same tensors, bit for bit what an eager call gives."""
-    case = make_case(lens, queries, fp8=fp8, kv_heads=4)
+    case = make_case(lens, queries, stored=stored, kv_heads=4)
     case.run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

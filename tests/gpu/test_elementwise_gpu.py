@@ -8,6 +8,7 @@ from device_pools import (
     DEVICE,
     DTYPES,
     FLOAT8,
+    INT8,
     LAYER,
     assert_frame,
     error,
@@ -127,8 +128,8 @@ def test_activations_far_out(name, dtype):
 @st.composite
 def rope_cases(draw):
     generator = draw(generators())
-    cache_dtype = draw(st.sampled_from([*DTYPES, FLOAT8]))
-    dtype = draw(st.sampled_from(DTYPES)) if cache_dtype == FLOAT8 else cache_dtype
+    cache_dtype = draw(st.sampled_from([*DTYPES, FLOAT8, INT8]))
+    dtype = draw(st.sampled_from(DTYPES)) if cache_dtype in (FLOAT8, INT8) else cache_dtype
     shards = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any))
     kv_heads, group = sum(shards), draw(st.sampled_from([1, 3, 8]))
     dim = draw(st.sampled_from([2, 6, 15, 16, 64, 80, 96, 128, 192, 256, 576]))
@@ -203,16 +204,19 @@ def test_rope_write_kv(case):
         reference.assert_rounded(k_cache[page, token], k[written], 4e-6)
         assert torch.equal(v_cache[page, token], v[written].to(qkv.dtype))
     else:
-        v_bytes, v_scale = reference.quantize_e4m3(v[written])
+        v_bytes, v_scale = reference.quantize(v[written], v_cache.dtype)
         assert same_bytes(v_cache[page, token], v_bytes)
         assert torch.equal(pool.scales(LAYER)["v_scale"][page, token], v_scale)
         scale = pool.scales(LAYER)["k_scale"][page, token]
         largest = k[written].abs().amax(-1)
-        assert ((scale - largest / 448).abs() <= scale * 1e-5).all()
+        assert ((scale - largest / reference.BYTES[v_cache.dtype]).abs() <= scale * 1e-5).all()
         restored = k_cache[page, token].double() * scale[..., None]
-        # Half a step of three mantissa bits, or of the smallest one.
-        allowed = k[written].abs() * (2**-4 + 1e-5) + largest[..., None] * 2**-10 / 448 * 1.01
-        allowed += largest[..., None] * 1e-5
+        if v_cache.dtype == INT8:
+            allowed = largest[..., None].expand_as(k[written]) * 0.501 / 127
+        else:
+            # Half a step of three mantissa bits, or of the smallest one.
+            allowed = k[written].abs() * (2**-4 + 1e-5) + largest[..., None] * 2**-10 / 448 * 1.01
+            allowed += largest[..., None] * 1e-5
         assert ((restored - k[written]).abs() <= allowed).all()
     # Everything else in the pool is as it was.
     for cache, old in zip(pool.layer(LAYER), before.layer(LAYER), strict=True):

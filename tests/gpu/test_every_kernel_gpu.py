@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from device_pools import DEVICE, FLOAT8, error
+from device_pools import DEVICE, FLOAT8, INT8, error
 from test_ops_contract import CASES, WRITTEN, written
 from torch import Tensor
 
@@ -118,11 +118,15 @@ SMALL: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "rope whole norm": ("rope_write_kv", lambda: rope(BF16, **whole(4, 2, 128))),
     "rope odd width": ("rope_write_kv", lambda: rope(BF16, dim=18, **whole(4, 2, 18))),
     "rope float8": ("rope_write_kv", lambda: rope(FLOAT8)),
+    "rope int8": ("rope_write_kv", lambda: rope(INT8)),
     "write_kv": ("write_kv", lambda: write(BF16)),
     "write_kv float8": ("write_kv", lambda: write(FLOAT8)),
     "write_kv float8 odd": ("write_kv", lambda: write(FLOAT8, dim=18)),
+    "write_kv int8": ("write_kv", lambda: write(INT8)),
+    "write_kv int8 odd": ("write_kv", lambda: write(INT8, dim=18)),
     "gather_kv": ("gather_kv", lambda: gather(BF16)),
     "gather_kv float8": ("gather_kv", lambda: gather(FLOAT8)),
+    "gather_kv int8": ("gather_kv", lambda: gather(INT8)),
     "copy_pages": (
         "copy_pages",
         lambda: {
@@ -133,12 +137,15 @@ SMALL: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     ),
     "decode": ("paged_attention", lambda: attention([1, 2])),
     "decode float8": ("paged_attention", lambda: attention([1, 2], FLOAT8)),
+    "decode int8": ("paged_attention", lambda: attention([1, 2], INT8)),
     "decode wide": ("paged_attention", lambda: attention([1, 1], dim=256)),
     "prefill": ("paged_attention", lambda: attention([60, 29])),
     "prefill mixed": ("paged_attention", lambda: attention([60, 1])),
     "prefill float8": ("paged_attention", lambda: attention([60, 29], FLOAT8)),
+    "prefill int8": ("paged_attention", lambda: attention([60, 29], INT8)),
     "prefill general": ("paged_attention", lambda: attention([60, 29], dim=80)),
     "attention plain": ("paged_attention", lambda: attention([3, 29], F32, dim=24)),
+    "attention plain int8": ("paged_attention", lambda: attention([3, 29], INT8, dim=24)),
     "merge_attention": (
         "merge_attention",
         lambda: {

@@ -1,4 +1,4 @@
-"""kv_cache_dtype="fp8" on the GPU: beside the CPU, and the engine with and without graphs."""
+"""kv_cache_dtype "fp8" and "int8" on the GPU: beside the CPU, engine with and without graphs."""
 
 import sys
 from pathlib import Path
@@ -12,20 +12,21 @@ from reference import relative_error
 
 from torch_pd import LLM, EngineConfig, SamplingParams, patch_model
 
-FP8 = EngineConfig(kv_cache_dtype="fp8")
+KINDS = ("fp8", "int8")
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits(name, dtype):
+def test_logits(name, dtype, kind):
     """Prefill and a second pass; the same pages are quantised alike, but for values near a tie."""
     plain = models.build(name, dtype)
     ids = torch.randint(0, plain.config.vocab_size, (3, 60))
     with torch.no_grad():
         exact = plain.cuda()(ids.cuda()).logits.cpu()
-    found = {}
+    found, config = {}, EngineConfig(kv_cache_dtype=kind)
     for device in ("cpu", "cuda"):
-        model = patch_model(models.build(name, dtype).to(device), FP8)
+        model = patch_model(models.build(name, dtype).to(device), config)
         first = model(ids[:, :59].to(device))
         rest = model(ids[:, 59:].to(device), past_key_values=first.past_key_values)
         found[device] = torch.cat([first.logits, rest.logits], 1).cpu()
@@ -34,7 +35,8 @@ def test_logits(name, dtype):
     assert not torch.equal(found["cuda"], exact)
 
 
-def test_engine():
+@pytest.mark.parametrize("kind", KINDS)
+def test_engine(kind):
     """Graphs and eager steps give the same tokens, alone and after prefixes were cached."""
     prompts = [
         {"prompt_token_ids": [(7 * i + j) % 60 + 3 for j in range(length)]}
@@ -45,7 +47,7 @@ def test_engine():
     for eager in (True, False):
         with LLM(
             models.build("llama").cuda(),
-            kv_cache_dtype="fp8",
+            kv_cache_dtype=kind,
             kv_cache_gib=0.01,
             max_num_seqs=8,
             enforce_eager=eager,

@@ -7,6 +7,7 @@ from device_pools import (
     DEVICE,
     DTYPES,
     FLOAT8,
+    INT8,
     LAYER,
     assert_frame,
     error,
@@ -38,7 +39,9 @@ def clean_flag():
 def test_write_kv_changes_its_slots_and_nothing_else(data):
     shape = data.draw(pools())
     generator, heads, dim = shape["generator"], shape["num_kv_heads"], shape["head_dim"]
-    dtype = data.draw(st.sampled_from(DTYPES)) if shape["dtype"] == FLOAT8 else shape["dtype"]
+    dtype = (
+        data.draw(st.sampled_from(DTYPES)) if shape["dtype"] in (FLOAT8, INT8) else shape["dtype"]
+    )
     whole = reference.make_pool(**shape)
     expected, actual = guarded(whole), guarded(on_device(whole))
     slots = random_slots(expected, data.draw(st.integers(0, 70)), generator)
@@ -84,7 +87,9 @@ def starts_of(lengths: list[int]) -> Tensor:
 @given(st.data())
 def test_gather_kv_equals_plain_indexing(data):
     shape = data.draw(pools())
-    dtype = data.draw(st.sampled_from(DTYPES)) if shape["dtype"] == FLOAT8 else shape["dtype"]
+    dtype = (
+        data.draw(st.sampled_from(DTYPES)) if shape["dtype"] in (FLOAT8, INT8) else shape["dtype"]
+    )
     num_places = data.draw(st.integers(1, 3))
     whole = [reference.make_pool(**shape) for _ in range(num_places)]
     # The last place is pinned host memory, read in place.

@@ -14,7 +14,7 @@ class Stage:
     Args:
         pool: whose layers are gathered.
         max_pages: of a sequence.
-        dtype: of the gathered keys and values; float8 pages are expanded.
+        dtype: of the gathered keys and values; fp8 and int8 pages are expanded.
     """
 
     def __init__(self, pool: KVPool, max_pages: int, dtype: torch.dtype):

@@ -12,6 +12,9 @@ from torch_pd.context import Batch, GroupBatch
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.sizing import KVShape
 
+BYTE_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""Of pages that hold bytes and a scale for each head of a token, by kv_cache_dtype."""
+
 
 class LayerCache(NamedTuple):
     """What the ops read and write of one layer: views of a pool."""
@@ -21,7 +24,7 @@ class LayerCache(NamedTuple):
     v: Tensor
     """As k."""
     k_scale: Tensor | None
-    """float32 [num_pages, block_size, num_kv_heads] if the pages are float8."""
+    """float32 [num_pages, block_size, num_kv_heads] if the pages are of bytes."""
     v_scale: Tensor | None
     """As k_scale."""
 
@@ -30,7 +33,7 @@ class KVPool:
     """Pages of the keys and values of one KV group: layers that share one shape.
 
     ``records`` uint8 ``[num_pages, page_bytes]``: a page holds ``block_size`` tokens of all layers,
-    contiguous, so it moves as one copy; behind float8 data lie the scales. ``pages [num_pages,
+    contiguous, so it moves as one copy; behind bytes lie the scales. ``pages [num_pages,
     num_layers, 2, block_size, num_kv_heads, head_dim]`` is the data as a view. Page 0 is never
     handed out: block tables are padded with it, and rows of padding read it. The contents of the
     others start undefined.
@@ -108,8 +111,8 @@ class KVPool:
 def page_shape(
     num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, block_size: int
 ) -> KVShape:
-    """Sizes of a page of keys and values of this dtype; float8 has scales."""
-    scaled = dtype == torch.float8_e4m3fn
+    """Sizes of a page of keys and values of this dtype; bytes have scales."""
+    scaled = dtype in BYTE_DTYPES.values()
     return KVShape(num_layers, num_kv_heads, head_dim, dtype.itemsize, block_size, scaled)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from torch_pd.config import EngineConfig
 from torch_pd.context import Batch
-from torch_pd.kv.cache import KVPool, page_shape
+from torch_pd.kv.cache import BYTE_DTYPES, KVPool, page_shape
 from torch_pd.nn import block, generate, linear
 from torch_pd.nn.attention import AttentionCall, AttentionSlot, Pass
 from torch_pd.nn.probe import (
@@ -72,8 +72,7 @@ class PatchState:
 
     def kv_dtype(self, kv_cache_dtype: str | None = None) -> torch.dtype:
         """Of the keys and values in the pages."""
-        fp8 = (kv_cache_dtype or self.kv_cache_dtype) == "fp8"
-        return torch.float8_e4m3fn if fp8 else self.call.dtype
+        return BYTE_DTYPES.get(kv_cache_dtype or self.kv_cache_dtype, self.call.dtype)
 
     def shape(self, block_size: int | None = None, kv_cache_dtype: str | None = None) -> KVShape:
         """A page of the model's KV cache."""

@@ -165,8 +165,8 @@ void run_split(const AttentionCall& c, const AttentionItem& item, const Keys& ke
       locate(c, *next, next_keys, next_keys.begin, *then);
       ahead = then;
     }
-    if (c.float8) {
-      expand_float8(c, item, w, *now);
+    if (c.bytes) {
+      expand_bytes(c, item, w, *now);
       ahead = nullptr;
     }
     w.rows <= kFew ? run_few<T>(c, item, *now, ahead, w) : run_many<T>(c, item, *now, w);
@@ -270,7 +270,7 @@ void run(const AttentionCall& c, const AttentionItem& item, const AttentionItem*
 template <typename Q>
 void run_as(const AttentionCall& c, const AttentionItem& item, const AttentionItem* next,
             float* scratch) {
-  c.float8 ? run<Q, float>(c, item, next, scratch) : run<Q, Q>(c, item, next, scratch);
+  c.bytes ? run<Q, float>(c, item, next, scratch) : run<Q, Q>(c, item, next, scratch);
 }
 
 template <typename T>

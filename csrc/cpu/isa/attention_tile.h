@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../attention.h"
-#include "float8.h"
+#include "bytes.h"
 #include "simd.h"
 
 namespace torch_pd {
@@ -53,7 +53,7 @@ Work lay_out(const AttentionCall& c, int64_t rows, float* p) {
     return at;
   };
   w.k = take(kTileKeys * w.q_width);
-  w.k_raw = take(c.float8 ? kTileKeys * c.k_dim : 0);
+  w.k_raw = take(c.bytes ? kTileKeys * c.k_dim : 0);
   w.v = take(kTileKeys * w.v_width);
   w.q = take(rows * w.q_width);
   w.scores = take(rows * kTileKeys);
@@ -84,7 +84,7 @@ void locate(const AttentionCall& c, const AttentionItem& item, const Keys& keys,
   t.begin = keys.begin > t.first ? keys.begin - t.first : 0;
   t.end = keys.end - t.first < kTileKeys ? keys.end - t.first : kTileKeys;
   const int32_t* table = c.block_tables + item.sequence * c.table_stride;
-  const int64_t size = c.float8 ? 1 : c.dtype == ScalarType::Float ? 4 : 2;
+  const int64_t size = c.bytes ? 1 : c.dtype == ScalarType::Float ? 4 : 2;
   const int block = 1 << c.page_shift;
   for (int i = t.begin; i < t.end;) {
     const int64_t key = t.first + i;
@@ -103,19 +103,19 @@ void locate(const AttentionCall& c, const AttentionItem& item, const Keys& keys,
   for (int i = t.end; i < kTileKeys; ++i) t.k[i] = t.k[t.begin], t.v[i] = t.v[t.begin];
 }
 
-void expand_float8_row(const uint8_t* from, int64_t width, float scale, float* to) {
+void expand_byte_row(const uint8_t* from, int64_t width, bool int8, float scale, float* to) {
   for (int64_t d = 0; d < width; d += kLanes) {
     const int n = width - d < kLanes ? width - d : kLanes;
     VB bytes = {};
     n == kLanes ? __builtin_memcpy(&bytes, from + d, kLanes)
                 : __builtin_memcpy(&bytes, from + d, n);
-    const VF v = widen_e4m3(bytes) * scale;
+    const VF v = widen_bytes(bytes, int8) * scale;
     n == kLanes ? store(to + d, v) : store_n(to + d, v, n);
   }
 }
 
-// Turns a tile of float8 into one of float32 in scratch.
-void expand_float8(const AttentionCall& c, const AttentionItem& item, const Work& w, Tile& t) {
+// Turns a tile of bytes into one of float32 in scratch.
+void expand_bytes(const AttentionCall& c, const AttentionItem& item, const Work& w, Tile& t) {
   const int32_t* table = c.block_tables + item.sequence * c.table_stride;
   for (int i = t.begin; i < t.end; ++i) {
     const int64_t key = t.first + i;
@@ -127,8 +127,8 @@ void expand_float8(const AttentionCall& c, const AttentionItem& item, const Work
     float *k = w.k_raw + i * c.k_dim, *v = w.v + i * w.v_width;
     const auto* k8 = reinterpret_cast<const uint8_t*>(t.k[i]);
     const auto* v8 = reinterpret_cast<const uint8_t*>(t.v[i]);
-    expand_float8_row(k8, c.k_dim, ks, k);
-    expand_float8_row(v8, c.v_dim, vs, v);
+    expand_byte_row(k8, c.k_dim, c.int8, ks, k);
+    expand_byte_row(v8, c.v_dim, c.int8, vs, v);
     for (int64_t d = c.v_dim; d < w.v_width; ++d) v[d] = 0;
     t.k[i] = reinterpret_cast<const char*>(k);
     t.v[i] = reinterpret_cast<const char*>(v);
@@ -179,7 +179,7 @@ void convert_tile(const AttentionCall& c, const Tile& t, const Work& w) {
                    [&](int64_t d, VF column)
                        __attribute__((always_inline)) { store(k + d * kTileKeys, column); });
   }
-  if (c.float8) return;  // v is there
+  if (c.bytes) return;  // v is there
   for (int i = t.begin; i < t.end; ++i) {
     const T* v = reinterpret_cast<const T*>(t.v[i]);
     int64_t d = 0;

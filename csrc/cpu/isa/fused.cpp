@@ -1,8 +1,8 @@
-// Row kernels of rope_write_kv, rms_norm, gated_act and of float8 caches. Float32 inside, one
+// Row kernels of rope_write_kv, rms_norm, gated_act and of caches of bytes. Float32 inside, one
 // rounding at the end; a row is computed from its own inputs alone, in one order.
 #include "../fused.h"
 
-#include "float8.h"
+#include "bytes.h"
 
 namespace torch_pd {
 namespace TORCH_PD_ISA {
@@ -205,19 +205,19 @@ void gated_act_of(const GatedAct& p, const int64_t* widths, int64_t shards, int6
   }
 }
 
-// One head into a float8 cache: scale = amax / 448, 1 if that is 0.
+// One head into a cache of bytes: scale = amax / largest value, 1 if that is 0.
 template <typename T>
-void write_float8(const T* from, int64_t width, uint8_t* to, float* scale) {
+void write_bytes(const T* from, int64_t width, bool int8, uint8_t* to, float* scale) {
   VF most{};
   for_columns(width, [&](int64_t c, int64_t n) {
     const VF x = abs(load(from + c, n));
     most = x > most ? x : most;
   });
-  const float amax = largest(most) / 448.0f;
+  const float amax = largest(most) / largest_byte(int8);
   *scale = amax > 0.0f ? amax : 1.0f;
   const VF divisor = splat(*scale);
   for_columns(width, [&](int64_t c, int64_t n) {
-    const VB bytes = narrow_e4m3(load(from + c, n) / divisor);
+    const VB bytes = narrow_bytes(load(from + c, n) / divisor, int8);
     __builtin_memcpy(to + c, &bytes, n);
   });
 }
@@ -225,7 +225,7 @@ void write_float8(const T* from, int64_t width, uint8_t* to, float* scale) {
 // Where K and V of one slot lie.
 struct Slot {
   char *k, *v;
-  float *k_scale, *v_scale;  // null unless float8
+  float *k_scale, *v_scale;  // null unless bytes
 };
 
 inline Slot find_slot(const KVCache& cache, int64_t slot, int64_t item) {
@@ -237,26 +237,27 @@ inline Slot find_slot(const KVCache& cache, int64_t slot, int64_t item) {
 }
 
 template <typename T>
-void write_float8_rows_of(const WriteKV& p, int64_t begin, int64_t end) {
+void write_byte_rows_of(const WriteKV& p, int64_t begin, int64_t end) {
   const KVCache& cache = p.cache;
+  const bool int8 = cache.dtype == ScalarType::Char;
   for (int64_t t = begin; t < end; ++t) {
     if (p.slots[t] < 0) continue;
     const Slot slot = find_slot(cache, p.slots[t], 1);
     for (int64_t h = 0; h < cache.num_kv_heads; ++h) {
-      write_float8(static_cast<const T*>(p.k) + t * p.k_token + h * p.k_head, cache.k_dim,
-                   reinterpret_cast<uint8_t*>(slot.k) + h * cache.k_head, slot.k_scale + h);
-      write_float8(static_cast<const T*>(p.v) + t * p.v_token + h * p.v_head, cache.v_dim,
-                   reinterpret_cast<uint8_t*>(slot.v) + h * cache.v_head, slot.v_scale + h);
+      write_bytes(static_cast<const T*>(p.k) + t * p.k_token + h * p.k_head, cache.k_dim, int8,
+                  reinterpret_cast<uint8_t*>(slot.k) + h * cache.k_head, slot.k_scale + h);
+      write_bytes(static_cast<const T*>(p.v) + t * p.v_token + h * p.v_head, cache.v_dim, int8,
+                  reinterpret_cast<uint8_t*>(slot.v) + h * cache.v_head, slot.v_scale + h);
     }
   }
 }
 
 template <typename T>
-void read_float8_of(const uint8_t* from, float scale, T* to, int64_t count) {
+void read_bytes_of(const uint8_t* from, bool int8, float scale, T* to, int64_t count) {
   for_columns(count, [&](int64_t c, int64_t n) {
     VB bytes{};
     __builtin_memcpy(&bytes, from + c, n);
-    store(to + c, widen_e4m3(bytes) * scale, n);
+    store(to + c, widen_bytes(bytes, int8) * scale, n);
   });
 }
 
@@ -348,8 +349,9 @@ void rope_write_kv_rows_of(const RopeWriteKV& p, const int64_t* shard_heads, int
         char* k_out = slot.k + kv_head * cache.k_head * item;
         char* v_out = slot.v + kv_head * cache.v_head * item;
         if (cache.k_scale) {
-          write_float8(head, dim, reinterpret_cast<uint8_t*>(k_out), slot.k_scale + kv_head);
-          write_float8(v, dim, reinterpret_cast<uint8_t*>(v_out), slot.v_scale + kv_head);
+          const bool int8 = cache.dtype == ScalarType::Char;
+          write_bytes(head, dim, int8, reinterpret_cast<uint8_t*>(k_out), slot.k_scale + kv_head);
+          write_bytes(v, dim, int8, reinterpret_cast<uint8_t*>(v_out), slot.v_scale + kv_head);
         } else {
           for_columns(dim, [&](int64_t c, int64_t n) {
             store(reinterpret_cast<T*>(k_out) + c, load(head + c, n), n);
@@ -387,21 +389,23 @@ void rope_write_kv_rows(const RopeWriteKV& p, const int64_t* heads, int64_t shar
   return rope_write_kv_rows_of<F16>(p, heads, shards, scratch, begin, end);
 }
 
-void write_float8_rows(const WriteKV& p, int64_t begin, int64_t end) {
-  if (p.dtype == ScalarType::Float) return write_float8_rows_of<float>(p, begin, end);
-  if (p.dtype == ScalarType::BFloat16) return write_float8_rows_of<BF16>(p, begin, end);
-  return write_float8_rows_of<F16>(p, begin, end);
+void write_byte_rows(const WriteKV& p, int64_t begin, int64_t end) {
+  if (p.dtype == ScalarType::Float) return write_byte_rows_of<float>(p, begin, end);
+  if (p.dtype == ScalarType::BFloat16) return write_byte_rows_of<BF16>(p, begin, end);
+  return write_byte_rows_of<F16>(p, begin, end);
 }
 
-void read_float8(const void* from, float scale, void* to, ScalarType dtype, int64_t count) {
+void read_bytes(const void* from, ScalarType stored, float scale, void* to, ScalarType dtype,
+                int64_t count) {
+  const bool int8 = stored == ScalarType::Char;
   const uint8_t* bytes = static_cast<const uint8_t*>(from);
   if (dtype == ScalarType::Float) {
-    return read_float8_of(bytes, scale, static_cast<float*>(to), count);
+    return read_bytes_of(bytes, int8, scale, static_cast<float*>(to), count);
   }
   if (dtype == ScalarType::BFloat16) {
-    return read_float8_of(bytes, scale, static_cast<BF16*>(to), count);
+    return read_bytes_of(bytes, int8, scale, static_cast<BF16*>(to), count);
   }
-  return read_float8_of(bytes, scale, static_cast<F16*>(to), count);
+  return read_bytes_of(bytes, int8, scale, static_cast<F16*>(to), count);
 }
 
 }  // namespace TORCH_PD_ISA
