@@ -1,4 +1,4 @@
-"""Perplexity of a text with and without float8 KV pages.
+"""Perplexity of a text with KV pages as the model, of fp8 and of int8.
 
     python bench/perplexity.py [--model FOLDER] [--text FILE] [--device cpu|cuda] [--json FILE]
 
@@ -44,28 +44,34 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="model folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="by comma")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
     folder, text = args.model or prepare(), args.text.read_text()
-    print(f"{'dtype':10}{'tokens':>7}{'auto':>9}{'fp8':>9}{'change':>9}{'std. error':>12}")
+    print(
+        f"{'dtype':10}{'pages':7}{'tokens':>7}{'auto':>9}{'so':>9}{'change':>9}{'std. error':>12}"
+    )
     rows = []
-    for dtype in ("float32", "bfloat16"):
-        plain, fp8 = (logprobs(folder, dtype, kind, args.device, text) for kind in ("auto", "fp8"))
-        moved = plain - fp8
-        row = {
-            "dtype": dtype,
-            "tokens": len(plain),
-            "auto": math.exp(-plain.mean()),
-            "fp8": math.exp(-fp8.mean()),
-            "change": math.exp(moved.mean()) - 1,
-            "standard_error": float(moved.std() / len(moved) ** 0.5),
-        }
-        rows.append(row)
-        print(
-            f"{dtype:10}{row['tokens']:7}{row['auto']:9.3f}{row['fp8']:9.3f}"
-            f"{row['change']:9.2%}{row['standard_error']:12.2%}",
-            flush=True,
-        )
+    for dtype in args.dtypes.split(","):
+        plain = logprobs(folder, dtype, "auto", args.device, text)
+        for kind in ("fp8", "int8"):
+            found = logprobs(folder, dtype, kind, args.device, text)
+            moved = plain - found
+            row = {
+                "dtype": dtype,
+                "pages": kind,
+                "tokens": len(plain),
+                "auto": math.exp(-plain.mean()),
+                "so": math.exp(-found.mean()),
+                "change": math.exp(moved.mean()) - 1,
+                "standard_error": float(moved.std() / len(moved) ** 0.5),
+            }
+            rows.append(row)
+            print(
+                f"{dtype:10}{kind:7}{row['tokens']:7}{row['auto']:9.3f}{row['so']:9.3f}"
+                f"{row['change']:9.2%}{row['standard_error']:12.2%}",
+                flush=True,
+            )
     if args.json:
         args.json.write_text(json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1))
 
