@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torch_pd.engine.device import DeviceLost
+from torch_pd.engine.device import DeviceLost, device_lost
 from torch_pd.engine.tickets import Tickets
 
 
@@ -33,3 +33,20 @@ def test_a_lost_gpu_is_a_clear_error():
     tickets._cuda, tickets._ended = True, [Lost()] * 3
     with pytest.raises(DeviceLost, match=r"failed during a step.*CUDA error: unspecified.*failure"):
         tickets.wait(ticket)
+
+
+def test_an_error_of_a_step_is_told_from_a_lost_gpu(monkeypatch):
+    gpu, error = torch.device("cuda", 0), RuntimeError("the logits hold NaN")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert device_lost(gpu, error) is None
+
+    def fails(device):
+        raise RuntimeError("CUDA error: device-side assert triggered\nmore lines")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    lost = device_lost(gpu, error)
+    assert isinstance(lost, DeviceLost)
+    assert "CUDA error: device-side assert triggered" in str(lost)
+    assert device_lost(gpu, lost) is lost
+    assert device_lost(torch.device("cpu"), error) is None
+    assert device_lost(gpu, ValueError("no such thing")) is None
