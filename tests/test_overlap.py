@@ -151,7 +151,7 @@ def test_an_empty_step_between_others_changes_nothing(model):
 
 
 def test_the_log_says_every_ten_seconds_what_was_done(model, caplog, monkeypatch):
-    monkeypatch.setattr("torch_pd.engine.engine.LOG_SECONDS", 0.0)
+    monkeypatch.setattr("torch_pd.engine.report.LOG_SECONDS", 0.0)
     greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     with make(model, True) as llm, caplog.at_level("INFO", logger="torch_pd"):
         llm.generate([[5, 6, 7]], greedy, use_tqdm=False)

@@ -20,12 +20,8 @@ from torch_pd.engine.draw import derive_seed
 from torch_pd.engine.inflight import InFlight, Output, Request
 from torch_pd.engine.limits import Limits
 from torch_pd.engine.lockstep import Lockstep
-from torch_pd.engine.memory import (
-    PROMPT_LOGPROB_TOKENS,
-    driver_bytes,
-    foresee,
-    storage_bytes,
-)
+from torch_pd.engine.memory import PROMPT_LOGPROB_TOKENS, foresee
+from torch_pd.engine.report import Report, memory_line, memory_table
 from torch_pd.engine.runner import NONE, Runner
 from torch_pd.engine.sampler import Sampler
 from torch_pd.engine.sampling_row import SamplingRow, bad_logits
@@ -54,9 +50,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-LOG_SECONDS = 10.0
-"""Between two lines of the log while requests run."""
 
 PromptRows = tuple[InFlight, int, int, int]
 """A request, its first row among a plan's tokens, the position of that one, and how many rows."""
@@ -127,18 +120,18 @@ class Engine:
         shape = kv_shape(model, config.block_size, config.kv_cache_dtype)
         model_max = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         model_max = int(model_max or 1 << 30)
-        self._ledger: Ledger | None = None
+        self.ledger: Ledger | None = None
         shared = self.lockstep is not None or self.streaming is not None
         if device.type == "cuda" and not shared:
             longest = min(model_max, config.max_model_len or model_max)
-            self._ledger = foresee(model, config, -(-longest // config.block_size), device)
+            self.ledger = foresee(model, config, -(-longest // config.block_size), device)
         if config.kv_cache_gib is not None:
             budget, setting = int(config.kv_cache_gib * GIB), f"kv_cache_gib={config.kv_cache_gib}"
-            if self._ledger is not None:
-                self._ledger.check(budget, shape, setting)
-        elif self._ledger is not None:
-            self._ledger.check(2 * shape.page_bytes, shape)
-            budget, setting = self._ledger.left, "the memory ledger"
+            if self.ledger is not None:
+                self.ledger.check(budget, shape, setting)
+        elif self.ledger is not None:
+            self.ledger.check(2 * shape.page_bytes, shape)
+            budget, setting = self.ledger.left, "the memory ledger"
         elif device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             budget = gpu_kv_bytes(free, total, config.gpu_memory_share)
@@ -221,26 +214,13 @@ class Engine:
             if self.streaming is not None and self.runner.graphs is not None:
                 assert self.streaming.choice is not None
                 self.streaming.choice.graph_rows = self.runner.graphs.sizes[-1]
-        if self._ledger is not None:
+        self.report = Report()
+        self.report.begin(self)
+        if self.ledger is not None:
             logger.info("%s", self.memory_table())
         self._requests: dict[str, InFlight] = {}
         self._num_requests = 0
         self._num_prompt_logprobs = 0
-        self._counts = dict.fromkeys(
-            (
-                "steps",
-                "synchronous_steps",
-                "prompt_tokens",
-                "output_tokens",
-                "wasted_rows",
-                "preemptions",
-                "finished_requests",
-            ),
-            0,
-        )
-        self._seconds = 0.0
-        self._logged = time.perf_counter()
-        self._logged_stats = self.stats()
         self._decoded: dict[int, str] = {}
 
     def _tier_pages(self, page_bytes: int) -> tuple[int, int]:
@@ -292,7 +272,7 @@ class Engine:
         self._num_requests += 1
         running = InFlight(request, seed, stream)
         if not self._requests:
-            self._logged, self._logged_stats = time.perf_counter(), self.stats()
+            self.report.begin(self)
         limit = self.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, len(ids) + params.max_tokens)
@@ -364,17 +344,14 @@ class Engine:
                 raise
             self._lost = True
             raise lost from error
-        now = time.perf_counter()
-        self._seconds += now - start
-        if now - self._logged >= LOG_SECONDS:
-            self._log(now)
+        self.report.note_step(self, time.perf_counter() - start)
         outputs = []
         for running in grown:
             finished = running.unfinished == 0
             if finished or running.stream:
                 outputs.append(running.report())
             if finished:
-                self._counts["finished_requests"] += 1
+                self.report.counts["finished_requests"] += 1
                 self._forget(running)
         if not self._requests and (self.lockstep is None or self.group_idle):
             # In lockstep, waiting for a step here would keep the others waiting.
@@ -402,7 +379,7 @@ class Engine:
                 self.carrier.carry(plan)
         # max_model_len never exceeds the pool, so a sequence cannot outgrow it.
         assert not plan.failed, plan.failed[0].error
-        self._counts["preemptions"] += len(plan.preempted)
+        self.report.counts["preemptions"] += len(plan.preempted)
         grown: dict[str, InFlight] = {}
         launched = common = None
         wanted = self._wanted_prompt_logprobs(plan)
@@ -424,7 +401,7 @@ class Engine:
             if self.streaming.choice is not None:
                 self.streaming.choice.count(plan.num_tokens)
         if plan.seqs or (common is not None and not streamed):
-            self._counts["steps"] += 1
+            self.report.counts["steps"] += 1
             ticket = self.runner.launch(
                 plan, extra=extra, common=None if streamed else common, streamed=streamed
             )
@@ -433,7 +410,7 @@ class Engine:
         if before is not None:
             self._settle(before, grown)
         if launched is not None and (launched.ticket.logits is not None or not self.overlap):
-            self._counts["synchronous_steps"] += launched.ticket.logits is not None
+            self.report.counts["synchronous_steps"] += launched.ticket.logits is not None
             self._under_way = None
             self._settle(launched, grown)
         if not plan.seqs and self._under_way is None:
@@ -461,11 +438,11 @@ class Engine:
         self.scheduler.update(plan, tokens)
         for sequence, token, entry in zip(sampled, tokens, logprobs, strict=True):
             if sequence.status not in (Status.RUNNING, Status.WAITING):
-                self._counts["wasted_rows"] += 1  # it ended while the step was under way
+                self.report.counts["wasted_rows"] += 1  # it ended while the step was under way
                 continue
             running = self._requests[sequence.request_id]
             grown[sequence.request_id] = running
-            self._counts["output_tokens"] += 1
+            self.report.counts["output_tokens"] += 1
             self._advance(running, sequence, token, entry)
 
     def _drain(self) -> None:
@@ -522,7 +499,7 @@ class Engine:
         if running.first_token is None:
             running.first_token = time.monotonic()
             running.num_cached = sequence.num_cached
-            self._counts["prompt_tokens"] += sequence.num_prompt
+            self.report.counts["prompt_tokens"] += sequence.num_prompt
         if output.row.position == 0 and output.index == 0 and params.n > 1:
             for child in self.scheduler.fork(sequence, params.n - 1):
                 self._new_output(running, child)
@@ -562,80 +539,16 @@ class Engine:
     # Observation.
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start, and what runs now.
-
-        ``synchronous_steps`` were waited for because a row needed the host (penalties, logprobs,
-        prompt_logprobs); ``wasted_rows`` were computed for sequences that had ended;
-        ``graph_steps`` replayed a CUDA graph; ``device_busy`` and ``device_idle`` are the seconds
-        that the device spent in steps and waiting between two of them. Where weights may be
-        streamed or shipped: steps, tokens and seconds of either.
-        """
-        allocator, scheduler, tickets = self.allocator, self.scheduler, self.runner.tickets
-        between = tickets.busy + tickets.idle
-        choice = None if self.streaming is None else self.streaming.choice
-        return {
-            **self._counts,
-            "graph_steps": self.runner.num_replays,
-            "step_seconds": self._seconds,
-            "device_busy": tickets.busy,
-            "device_idle": tickets.idle,
-            "device_idle_share": tickets.idle / between if between else 0.0,
-            "running": scheduler.num_running,
-            "waiting": scheduler.num_waiting,
-            "kv_pages": allocator.num_usable,
-            "kv_pages_used": allocator.num_used,
-            "kv_tokens": allocator.num_usable * self.config.block_size,
-            "prefix_pages_looked_up": allocator.num_lookups,
-            "prefix_pages_hit": allocator.num_hits,
-            **(choice.report() if choice is not None else {}),
-            **self._tier_stats(),
-        }
-
-    def _tier_stats(self) -> dict[str, Any]:
-        if self.carrier is None:
-            return {}
-        swapper = self.scheduler.swapper
-        assert swapper is not None
-        return {**self.carrier.stats(), "swapped_sequences": swapper.num_swapped}
-
-    def _log(self, now: float) -> None:
-        """One line on what was done since the last one."""
-        stats, before, seconds = self.stats(), self._logged_stats, now - self._logged
-        self._logged, self._logged_stats = now, stats
-        change = {
-            name: stats[name] - before[name]
-            for name in ("prompt_tokens", "output_tokens", "preemptions")
-        }
-        busy, idle = (stats[name] - before[name] for name in ("device_busy", "device_idle"))
-        logger.info(
-            "%.0f prompt tok/s, %.0f output tok/s, %d running, %d waiting, KV %.1f%% used, %d "
-            "preemptions, device idle %.1f%%",
-            change["prompt_tokens"] / seconds,
-            change["output_tokens"] / seconds,
-            stats["running"],
-            stats["waiting"],
-            100 * stats["kv_pages_used"] / stats["kv_pages"],
-            change["preemptions"],
-            100 * idle / (busy + idle) if busy + idle else 0.0,
-        )
+        """Counters since the start, and what runs now; see `Report.stats`."""
+        return self.report.stats(self)
 
     def memory_line(self) -> str:
         """Weights and KV pages in one line."""
-        return (
-            f"memory: weights {storage_bytes(self.model) / GIB:.2f} GiB, KV pool "
-            f"{self.pool.num_pages * self.pool.page_bytes / GIB:.2f} GiB = {self._kv_text()}"
-        )
+        return memory_line(self)
 
     def memory_table(self) -> str:
         """On a GPU the whole ledger against the driver's count, else `memory_line`."""
-        if self._ledger is None:
-            return self.memory_line()
-        kv_bytes = self.pool.num_pages * self.pool.page_bytes
-        return self._ledger.table(kv_bytes, self._kv_text(), driver_bytes(self.pool.device))
-
-    def _kv_text(self) -> str:
-        pages, block_size = self.allocator.num_usable, self.pool.block_size
-        return f"{pages} pages x {block_size} tokens = {pages * block_size:,} tokens"
+        return memory_table(self)
 
     def shutdown(self) -> None:
         """Drops all requests, frees the pages, restores a model that was patched here."""
