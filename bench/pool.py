@@ -3,16 +3,19 @@
     torchrun --nproc-per-node 4 bench/pool.py linears [--rows 16 64 256 512] [--json FILE]
     torchrun --nproc-per-node 4 bench/pool.py exchanges [--mailbox 0 1048576]
     python bench/pool.py generate --ranks 4 [--prompts 2048 --input 128 --output 512]
+    torchrun --nproc-per-node 4 bench/pool.py profile [--prompts 2048 --layers 16]
 
 ``linears``: all linears of one step (no norms, no attention) over shards of random weights, every
 rank with the same number of rows: the exchanges with the other ranks and the parts of the linears,
 replayed as one CUDA graph. ``exchanges``: the four exchanges alone. ``--mailbox``: bytes of the
 largest message that goes by mapped memory, one after the other; 0 is NCCL alone. ``generate``: the
 LLM with random weights and prompts, lengths uniform within 50% of the mean; the ranks are spawned,
-or are torchrun's. Without GPUs all of it runs on the CPU over gloo; give a small ``--shape``.
+or are torchrun's. ``profile``: the same, and what the kernels of the last decoding steps take on
+rank 0. Without GPUs all else runs on the CPU over gloo; give a small ``--shape``.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -180,6 +183,65 @@ def exchanges(
     return found
 
 
+KINDS = {
+    "linears": ("nvjet", "gemm", "gemv", "cutlass", "xmma"),
+    "exchanges": ("nccl", "exchange", "Memcpy PtoP", "Memcpy DtoD"),
+    "attention": ("decode_kernel", "merge_kernel", "prefill_kernel"),
+}
+"""Kinds of kernels by parts of their names; all others are elementwise."""
+
+
+class Profile:
+    """Kernels of rank 0 during a run.
+
+    Args:
+        steps: so many of the last ones are looked at; a sampling kernel ends each.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        self._profiler = torch.profiler.profile(activities=activities)
+
+    def __enter__(self) -> "Profile":
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profiler.__exit__(*error)
+
+    def report(self) -> dict[str, Any]:
+        """Milliseconds of a step by kind of kernel and by kernel; prints them."""
+        events = sorted(
+            (event.time_range.start, event.time_range.end, event.name)
+            for event in self._profiler.events() or []
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        )
+        ends = [end for _, end, name in events if "sample_kernel" in name]
+        ends = ends[-self.steps - 1 :]
+        first, last, steps = ends[0], ends[-1], len(ends) - 1
+        kinds = {**dict.fromkeys(KINDS, 0.0), "elementwise": 0.0}
+        kernels: dict[str, list[float]] = {}
+        busy, until = 0.0, first
+        for start, end, name in events:
+            if start < first or end > last:
+                continue
+            kind = next((k for k, parts in KINDS.items() if any(p in name for p in parts)), None)
+            kinds[kind or "elementwise"] += (end - start) / 1e3 / steps
+            entry = kernels.setdefault(name, [0.0, 0])
+            entry[0] += (end - start) / 1e3 / steps
+            entry[1] += 1 / steps
+            busy += max(0.0, end - max(start, until)) / 1e3 / steps
+            until = max(until, end)
+        wall = (last - first) / 1e3 / steps
+        print(f"{steps} steps of {wall:.2f} ms, a kernel runs in {busy:.2f} ms of them")
+        print("  " + ", ".join(f"{kind} {ms:.2f} ms" for kind, ms in kinds.items()))
+        top = sorted(kernels.items(), key=lambda item: -item[1][0])[:24]
+        for name, (ms, count) in top:
+            print(f"  {ms:8.3f} ms {count:7.1f} x {ms / count * 1e3:8.1f} us  {name[:110]}")
+        return {"step_ms": wall, "busy_ms": busy, **kinds, "kernels": dict(top)}
+
+
 def generate(args: argparse.Namespace) -> list[dict]:
     dims = SHAPES[args.shape]
     config = Qwen3Config(
@@ -214,8 +276,12 @@ def generate(args: argparse.Namespace) -> list[dict]:
         print(f"ready after {started:.1f} s", flush=True)
         found = []
         for round in range(args.rounds):
+            profile = None
+            if args.profiled and round == args.rounds - 1 and dist.get_rank() == 0:
+                profile = Profile(args.profiled)
             start = time.perf_counter()
-            outputs = llm.generate(prompts, params, use_tqdm=False)
+            with profile or contextlib.nullcontext():
+                outputs = llm.generate(prompts, params, use_tqdm=False)
             seconds = time.perf_counter() - start
             tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
             each = llm.stats()["ranks"]
@@ -242,6 +308,10 @@ def generate(args: argparse.Namespace) -> list[dict]:
                 names += [n for n in stats if n.startswith(("stream_", "ship_")) and n not in names]
                 shown = ", ".join(f"{name} {stats[name]:,.6g}" for name in names)
                 print(f"  rank {rank}: {shown}", flush=True)
+            if profile is not None:
+                row["profile"] = profile.report()
+        start = time.perf_counter()
+    print(f"shut down in {time.perf_counter() - start:.1f} s", flush=True)
     return found
 
 
@@ -257,7 +327,7 @@ def show(exchange: Exchange, row: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="+", choices=["linears", "exchanges", "generate"])
+    parser.add_argument("what", nargs="+", choices=["linears", "exchanges", "generate", "profile"])
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-32b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 256, 512])
@@ -276,7 +346,10 @@ def main() -> None:
     parser.add_argument("--no-eager", action="store_true", help="graphs only")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if "generate" in args.what:
+    args.profiled = 16 if "profile" in args.what else 0
+    if args.profiled:
+        args.rounds = max(2, args.rounds)
+    if args.profiled or "generate" in args.what:
         results = generate(args)
         if args.json and not (dist.is_initialized() and dist.get_rank()):
             args.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -10,7 +10,6 @@ from torch_pd.sizing import (
     Ledger,
     cpu_kv_bytes,
     fit_model_len,
-    gpu_kv_bytes,
     most_pages,
     pages_of_budget,
 )
@@ -35,7 +34,6 @@ def test_pages_fill_the_budget(budget):
 def test_default_budgets():
     assert cpu_kv_bytes(100 * GIB) == 4 * GIB
     assert cpu_kv_bytes(5 * GIB) == 2 * GIB
-    assert gpu_kv_bytes(free_bytes=60 * GIB, total_bytes=100 * GIB, share=0.9) == 48 * GIB
 
 
 def ledger(**changes):

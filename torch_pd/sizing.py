@@ -93,13 +93,6 @@ def cpu_kv_bytes(available_bytes: int) -> int:
     return min(4 * GIB, available_bytes * 2 // 5)
 
 
-def gpu_kv_bytes(free_bytes: int, total_bytes: int, share: float) -> int:
-    """What ``gpu_memory_utilization`` leaves for KV pages beside shared weights once these are
-    loaded; 2% of the total is kept for activations."""
-    used = total_bytes - free_bytes
-    return int(total_bytes * share) - used - total_bytes // 50
-
-
 def staging_bytes(max_tokens: int, rows: int, max_pages: int) -> int:
     """Bytes of the arrays that the host sends in the largest step."""
     # 5 arrays of tokens; of rows settings, keys, lengths, starts, moves; block tables.

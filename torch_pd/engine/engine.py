@@ -40,7 +40,6 @@ from torch_pd.sizing import (
     Ledger,
     cpu_kv_bytes,
     fit_model_len,
-    gpu_kv_bytes,
     most_pages,
     pages_of_budget,
     tier_pages,
@@ -121,10 +120,9 @@ class Engine:
         model_max = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         model_max = int(model_max or 1 << 30)
         self.ledger: Ledger | None = None
-        shared = self.lockstep is not None or self.streaming is not None
-        if device.type == "cuda" and not shared:
-            longest = min(model_max, config.max_model_len or model_max)
-            self.ledger = foresee(model, config, -(-longest // config.block_size), device)
+        if device.type == "cuda":
+            longest = -(-min(model_max, config.max_model_len or model_max) // config.block_size)
+            self.ledger = foresee(model, config, longest, device, *self._stepping())
         if config.kv_cache_gib is not None:
             budget, setting = int(config.kv_cache_gib * GIB), f"kv_cache_gib={config.kv_cache_gib}"
             if self.ledger is not None:
@@ -132,10 +130,6 @@ class Engine:
         elif self.ledger is not None:
             self.ledger.check(2 * shape.page_bytes, shape)
             budget, setting = self.ledger.left, "the memory ledger"
-        elif device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            budget = gpu_kv_bytes(free, total, config.gpu_memory_share)
-            setting = f"gpu_memory_utilization={config.gpu_memory_share}"
         else:
             budget, setting = cpu_kv_bytes(available_memory()), "40% of the available memory"
             if self.world is not None:

@@ -6,6 +6,7 @@ from one queue, so a rank that is done takes more.
 """
 
 import dataclasses
+import logging
 import os
 import queue
 import secrets
@@ -32,6 +33,8 @@ from torch_pd.request import RequestOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _ABORT_S = 10.0
 """How long ranks may take to drop a call: some steps."""
@@ -143,7 +146,8 @@ class Spawned:
                 self._ranks.send(port, other)
             limits: dict[int, Limits] = {}
             while len(limits) < size:
-                rank, (limits[rank], _) = self._ranks.receive()
+                rank, (limits[rank], memory) = self._ranks.receive()
+                logger.info("rank %d: %s", rank, memory)
         except BaseException:
             self._ended()
             raise

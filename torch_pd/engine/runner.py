@@ -126,12 +126,19 @@ class Runner:
 
     def capture(self) -> None:
         """Captures the decoding steps. A model that cannot be captured (its forward waits for the
-        device) runs eagerly, with a warning that says why."""
+        device) runs eagerly, with a warning that says why.
+
+        Raises:
+            RuntimeError: it cannot, and other ranks wait for this one.
+        """
         sizes = bucket_sizes(largest_graph(len(self._block_tables)))
         self._logits = new_logits(self.model, sizes[-1])
         try:
             self.graphs = DecodeGraphs(sizes, self._prepare_capture)
         except RuntimeError as error:
+            if self._serving:
+                error.add_note("shipped steps are not captured with enforce_eager=True")
+                raise
             self.no_graphs = str(error).splitlines()[0]
             logger.warning(
                 "no CUDA graphs, decoding steps are launched eagerly: %s", self.no_graphs

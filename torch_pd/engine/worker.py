@@ -90,7 +90,7 @@ def main(link: Connection, setup: Setup) -> None:
         tokenizer = load_tokenizer(tokenizer)
     engine = make_engine(setup.model, tokenizer, setup.config, setup.device, world)
     link.send(Phase(Ranks.READY))
-    link.send((engine.limits, engine.memory_line()))
+    link.send((engine.limits, engine.memory_table()))
     while (message := link.recv()) != STOP:
         if message == STATS:
             link.send(engine.stats())

@@ -3,6 +3,7 @@
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,6 +185,14 @@ class PooledHead:
             packed = exchange.to_tokens(part, rows, self.vocab)
             logits = unpack(packed, x.shape[0], self.vocab)
         return logits if self.bias is None else logits + self.bias
+
+
+def shared_of(model: nn.Module) -> Shared | None:
+    """What the pooled parts of a model have in common, None if it holds its own weights."""
+    find: Any = model.get_output_embeddings
+    head = find()
+    pooled = None if head is None else head.__dict__.get("_torch_pd")
+    return pooled.shared if isinstance(pooled, PooledHead) else None
 
 
 def pool_model(

@@ -51,6 +51,7 @@ class WeightPool:
         layers: my part of each layer.
         lm_head, embedding: [vocab of me, C]; one tensor if they are tied.
         arena: uint8, all of the above. Offsets are those of the layout's pieces.
+        mapped: the arena is not of torch's allocator.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class WeightPool:
         """Of this rank in its group."""
         self.dtype = dtype
         nbytes = layout.arena_bytes(self.index)
+        self.mapped = allocate is not None
         if allocate is None:
             self.arena = torch.empty(nbytes, dtype=torch.uint8, device=device)
         else:
