@@ -4,9 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_model import FakeModel, make
+from hypothesis import given
+from hypothesis import strategies as st
 
+from torch_pd.engine.foresight import peak_pages
 from torch_pd.engine.scheduler import Scheduler
 from torch_pd.engine.sequence import Sequence, Status
 from torch_pd.kv.pages import PageAllocator
@@ -82,6 +86,42 @@ def test_misuse_is_caught():
     with pytest.raises(AssertionError, match="has ended already"):
         s.finish(seq)
     assert s.abort(seq.seq_id) is None
+
+
+# Foresight.
+
+
+@given(
+    st.integers(1, 16),
+    st.lists(st.tuples(st.integers(1, 99), st.integers(0, 99)), min_size=1, max_size=20),
+)
+def test_peak_is_that_of_a_run_to_the_end(block_size, sequences):
+    tokens, left = np.array(sequences).T
+    held = -(-tokens // block_size)
+    peak = peak_pages(held, tokens, left, block_size)
+    most = max(
+        sum(-(-(n + step) // block_size) for n, more in sequences if more >= step)
+        for step in range(100)
+    )
+    # A page that is started counts half.
+    assert abs(peak - most) <= len(sequences) / 2 + 1
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_sequence_waits_where_pages_would_run_out_later(known):
+    s = make(usable=40, block_size=4, seqs=64, tokens=64)
+    model = FakeModel(s)
+    seqs = [model.add(range(8), 16, expected_len=24 if known else None) for _ in range(20)]
+    most = 0
+    while s.has_unfinished:
+        model.step()
+        most = max(most, s.num_running)
+    assert all(seq.num_output == 16 for seq in seqs)
+    if known:
+        assert sum(seq.num_preemptions for seq in seqs) == 0
+        assert most >= 40 * 4 // 24 - 1
+    else:
+        assert sum(seq.num_preemptions for seq in seqs) > 0
 
 
 # Chunks, budget and order.

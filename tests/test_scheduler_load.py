@@ -34,8 +34,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         n=st.sampled_from([1, 1, 1, 2, 3]),
         salt=st.integers(0, 1),
         no_lookup=st.sampled_from([False, False, True]),
+        foreseen=st.none() | st.integers(1, 30),
     )
-    def add(self, shared, own, num_output, n, salt, no_lookup):
+    def add(self, shared, own, num_output, n, salt, no_lookup, foreseen):
         prompt = [*range(shared), *(1000 + 10 * salt + i for i in range(own))]
         s = self.scheduler
         capacity = s.allocator.num_usable * s.block_size
@@ -43,7 +44,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="token"):
                 self.model.add(prompt, num_output)
             return
-        seq = self.model.add(prompt, num_output, n, salt, no_prefix_lookup=no_lookup)
+        seq = self.model.add(
+            prompt, num_output, n, salt, no_prefix_lookup=no_lookup, expected_len=foreseen
+        )
         self.seqs.append(seq)
 
     @rule(n=st.integers(1, 4))

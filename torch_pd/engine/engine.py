@@ -34,7 +34,7 @@ from torch_pd.kv.disk import free_space
 from torch_pd.kv.host import available_memory
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.nn.patch import device_of, is_patched, kv_shape, new_pool, patch_model, unpatch_model
-from torch_pd.request import Logprob, RequestOutput
+from torch_pd.request import Logprob, RequestOutput, SamplingParams
 from torch_pd.sizing import (
     GIB,
     Ledger,
@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+ENOUGH = 32
+"""Outputs that must have ended before their mean length tells anything."""
 
 PromptRows = tuple[InFlight, int, int, int]
 """A request, its first row among a plan's tokens, the position of that one, and how many rows."""
@@ -215,6 +218,7 @@ class Engine:
         self._requests: dict[str, InFlight] = {}
         self._num_requests = 0
         self._num_prompt_logprobs = 0
+        self._ended = 0, 0  # outputs, and their tokens
         self._decoded: dict[int, str] = {}
 
     def _tier_pages(self, page_bytes: int) -> tuple[int, int]:
@@ -274,12 +278,21 @@ class Engine:
             request.request_id,
             ids,
             max_total_len=limit,
+            expected_len=self._expected_len(params, len(ids), limit),
             no_prefix_lookup=params.prompt_logprobs is not None,
         )
         self._new_output(running, sequence)
         self.scheduler.add(sequence)
         self._requests[request.request_id] = running
         self._num_prompt_logprobs += running.prompt_logprobs is not None
+
+    def _expected_len(self, params: SamplingParams, prompt: int, limit: int) -> int | None:
+        """At how many tokens a request will probably end: at its limit if nothing else ends it,
+        else after as many as the earlier ones on the average; None while there are few of those."""
+        if params.ignore_eos and not params.stop and not params.stop_ids:
+            return limit
+        outputs, tokens = self._ended
+        return None if outputs < ENOUGH else min(limit, prompt + tokens // outputs)
 
     def abort(self, request_id: str) -> None:
         """Drops a request with all its outputs; does nothing if it has finished."""
@@ -517,6 +530,7 @@ class Engine:
                 output.detokenizer.finish()
             self.scheduler.finish(sequence)
             running.unfinished -= 1
+            self._ended = self._ended[0] + 1, self._ended[1] + output.row.position
 
     def _named(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
         """The entry with decoded tokens, if there is a tokenizer."""

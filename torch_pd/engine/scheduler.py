@@ -8,7 +8,9 @@ Integers only, no torch. The whole policy:
    with the first sequence left out, so all take turns.
 3. Then waiting sequences are admitted, oldest first and none overtaking, while tokens, rows
    (max_num_seqs) and pages last. Pages for all known tokens are taken at admission, what the prefix
-   cache holds is not computed again, and 1% of the pool is left to those that run already.
+   cache holds is not computed again, and 1% of the pool is left to those that run already. One
+   whose length is foreseen (expected_len) waits if the pool would run out before enough of the
+   others end; not with tiers, where giving way costs little.
 4. A sequence that needs a page when none is free preempts the newest running one, itself if that is
    the newest; so none ever gives way to a newer one and the oldest always goes on. The preempted
    one gives up its pages, waits at its old place (before all later arrivals) and later computes
@@ -33,6 +35,7 @@ from itertools import compress
 
 import numpy as np
 
+from torch_pd.engine.foresight import peak_pages
 from torch_pd.engine.plan import Plan
 from torch_pd.engine.running import Running
 from torch_pd.engine.sequence import Sequence, Status
@@ -191,7 +194,12 @@ class Scheduler:
         prompt = parent.token_ids[: parent.num_prompt]
         children = []
         for _ in range(n):
-            child = Sequence(parent.request_id, prompt, max_total_len=parent.max_total_len)
+            child = Sequence(
+                parent.request_id,
+                prompt,
+                max_total_len=parent.max_total_len,
+                expected_len=parent.expected_len,
+            )
             child.data = parent.data
             child.digests = parent.digests[: parent.num_prompt // self.block_size]
             child.num_cached = parent.num_cached
@@ -461,7 +469,7 @@ class Scheduler:
         budget = self.max_num_batched_tokens - plan.num_tokens
         while budget > 0 and self.tables.free_rows:
             seq = self._waiting.first()
-            if seq is None:
+            if seq is None or not self._pages_last(seq):
                 break
             room = self._back(seq) if seq.saved else self._first_pages(seq)
             if room is None:
@@ -486,6 +494,18 @@ class Scheduler:
             budget -= counts[-1]
         if seqs:
             plan.extend(seqs, starts, counts)
+
+    def _pages_last(self, seq: Sequence) -> bool:
+        """Rule 3: whether the pool will do if a waiting sequence runs beside the others."""
+        if seq.expected_len is None or self.swapper is not None or not self.num_running:
+            return True
+        rows, tables = self._running.rows, self.tables
+        tokens = np.append(tables.num_tokens[rows], len(seq.token_ids))
+        held = -(-tokens // self.block_size)
+        left = np.maximum(np.append(tables.expected[rows], seq.expected_len) - tokens, 0)
+        shared = max(0, int(held[:-1].sum()) - self.allocator.num_used)
+        peak = peak_pages(held, tokens, left, self.block_size)
+        return peak - shared <= self.allocator.num_usable
 
     def _first_pages(self, seq: Sequence) -> tuple[list[int], int] | None:
         """Pages for all tokens of a waiting sequence, and how many tokens are cached in them.

@@ -26,6 +26,7 @@ class Sequence:
         token_ids: the prompt; sampled tokens are appended (the list is copied).
         max_total_len: prompt and output tokens at which the engine should finish it; default, and
             at most, max_model_len.
+        expected_len: at which it will probably end; None if nobody knows.
         no_prefix_lookup: compute the whole prompt although its pages may be cached, because its
             logits are wanted (prompt_logprobs).
         data: the engine's own (sampling state); the scheduler does not read it.
@@ -36,6 +37,7 @@ class Sequence:
         "data",
         "digests",
         "error",
+        "expected_len",
         "fetched",
         "max_total_len",
         "no_prefix_lookup",
@@ -60,6 +62,7 @@ class Sequence:
         token_ids: ListLike[int],
         *,
         max_total_len: int | None = None,
+        expected_len: int | None = None,
         no_prefix_lookup: bool = False,
         data: Any = None,
     ) -> None:
@@ -67,6 +70,7 @@ class Sequence:
         self.token_ids = list(token_ids)
         self.num_prompt = len(self.token_ids)
         self.max_total_len = max_total_len
+        self.expected_len = expected_len
         self.no_prefix_lookup = no_prefix_lookup
         self.data = data
         self.seq_id = -1  # given by Scheduler.add and fork

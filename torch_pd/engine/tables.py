@@ -33,6 +33,8 @@ class Tables:
         self.num_prompt = np.zeros(max_num_seqs, np.int64)
         self.limit = np.zeros(max_num_seqs, np.int64)
         """Tokens at which the sequence ends (max_total_len)."""
+        self.expected = np.zeros(max_num_seqs, np.int64)
+        """Tokens at which it will probably end, 0 where nobody knows."""
         self.seq_id = np.full(max_num_seqs, -1, np.int64)
         """Whose row it is or was."""
         self.capacity = np.zeros(max_num_seqs, np.int64)
@@ -53,6 +55,7 @@ class Tables:
         self.source[row] = -1
         self.num_prompt[row] = seq.num_prompt
         self.limit[row] = seq.max_total_len
+        self.expected[row] = seq.expected_len or 0
         self.seq_id[row] = seq.seq_id
         self.capacity[row] = len(pages) * self.block_size
         self.forked[row] = False
