@@ -1,11 +1,13 @@
 """Weights streamed from the shards of all ranks: rates of the pull, and steps beside it.
 
-    torchrun --nproc-per-node 4 bench/weights.py rates linears ablations [--json FILE]
+    torchrun --nproc-per-node 4 bench/weights.py rates linears beside own ablations [--json FILE]
 
 ``rates``: GB/s that every rank pulls from its peers at once, by kind of matrix (o and down are 2-D
-copies), with nothing beside it. ``linears``: all linears of one step, streamed against resident
-(four layers that are used in turn: a whole copy does not fit beside the shard). ``ablations``:
-the same streamed steps with other rings, streams, layouts, a common start, and ranks out of step.
+copies), with nothing beside it. ``beside``: the pull without a pause and GEMMs that do not wait for
+it, and what each costs the other. ``linears``: all linears of one step, streamed against resident
+(four layers that are used in turn: a whole copy does not fit beside the shard). ``own``: the same
+with the rank's own shard copied into the ring or multiplied where it lies. ``ablations``: the same
+streamed steps with other rings, streams, layouts, a common start, and ranks out of step.
 Any number of GPUs; without one it runs on the CPU, with ``--shape tiny``.
 """
 
@@ -22,13 +24,15 @@ import torch.distributed as dist
 import torch_pd._runtime as _runtime
 from pool import SHAPES
 from torch import Tensor
-from torch.nn.functional import linear
 
+from torch_pd.nn.linear import linear_in_parts
 from torch_pd.peer import PeerMemory
 from torch_pd.weights.layout import LINEARS, Layout, ModelDims, make_layout
 from torch_pd.weights.pool import WeightPool
-from torch_pd.weights.ring import Ring, RingItem, default_ring_bytes, item_copies, plan_ring
+from torch_pd.weights.ring import OWN, Ring, RingItem, default_ring_bytes, item_copies, plan_ring
+from torch_pd.weights.source import Matrix
 
+WHAT = ("rates", "linears", "beside", "own", "ablations", "layouts")
 COPIES = 4
 """Whole layers kept for the resident steps."""
 
@@ -111,9 +115,11 @@ class Shards:
 
 
 class Whole:
-    """A few whole layers that stand for all."""
+    """A few whole layers that stand for all, in one part each or two halves."""
 
     def __init__(self, dims: ModelDims, device: torch.device) -> None:
+        self.halved = "copied"
+        """One of OWN: what is multiplied in halves."""
         self.layers = [
             {
                 name: torch.empty(dims.shape(name), dtype=torch.bfloat16, device=device).normal_(
@@ -124,8 +130,19 @@ class Whole:
             for _ in range(min(COPIES, dims.num_layers))
         ]
 
-    def acquire(self, layer: int, name: str) -> Tensor:
-        return self.layers[layer % len(self.layers)][name]
+    def acquire(self, layer: int, name: str) -> Matrix:
+        matrix = self.layers[layer % len(self.layers)][name]
+        if name in ("qkv", "gate_up") and self.halved != "copied":
+            return Matrix(matrix.chunk(2))
+        if name in ("o", "down") and self.halved == "all":
+            return Matrix(self._halves(layer, name), 1)
+        return Matrix((matrix,))
+
+    def _halves(self, layer: int, name: str) -> tuple[Tensor, ...]:
+        # Each half contiguous, as shards are: the same bytes read as two narrower matrices.
+        matrix = self.layers[layer % len(self.layers)][name]
+        rows, cols = matrix.shape
+        return tuple(half.view(rows, cols // 2) for half in matrix.view(2, -1))
 
     def release(self, layer: int, name: str) -> None:
         pass
@@ -136,45 +153,122 @@ def step(source: Any, dims: ModelDims, x: Tensor) -> Tensor:
     q, mlp = dims.num_heads * dims.head_dim, dims.intermediate_size
     for layer in range(dims.num_layers):
         for name, width in (("qkv", q), ("o", 0), ("gate_up", mlp), ("down", 0)):
-            x = linear(x, source.acquire(layer, name))
+            x = linear_in_parts(x, source.acquire(layer, name))
             source.release(layer, name)
             if width:
                 x = x[:, :width]
     return x
 
 
+class Pull:
+    """A rank's pull of the given matrices of every layer, in the order of a step."""
+
+    def __init__(
+        self, shards: Shards, names: Sequence[str], streams: int, rotated: bool = True
+    ) -> None:
+        group, dims, layout = shards.group, shards.dims, shards.layout
+        items = [RingItem(n, at, dims.shape(n)) for at in range(dims.num_layers) for n in names]
+        sizes = [item.nbytes(dims.itemsize) for item in items]
+        plan = plan_ring(sizes, 4 * max(sizes))
+        self.arena = torch.empty(plan.nbytes, dtype=torch.uint8, device=group.device)
+        n, me = layout.size, shards.index
+        owners = (
+            [(me + i) % n for i in range(1, n)] if rotated else [o for o in range(n) if o != me]
+        )
+        addresses = [other.data_ptr() for other in shards.arenas]
+        places, self.nbytes = [], 0
+        for item, size, offset in zip(items, sizes, plan.offsets, strict=True):
+            to = self.arena.data_ptr() + offset
+            copies = item_copies(layout, item, owners, addresses, to)
+            self.nbytes += sum(copy[4] * copy[5] for copy in copies)
+            places.append((to, size, copies))
+        device = group.device.index if group.gpu else -1
+        self.puller = _runtime.Puller(device, places, list(plan.gates), streams)
+        self.puller.start()
+        self.count, self.at = len(items), 0
+
+    def __call__(self) -> None:
+        """All of it once; the current stream waits for the pull."""
+        gpu = self.arena.is_cuda
+        stream = torch.cuda.current_stream().cuda_stream if gpu else 0
+        for _ in range(self.count):
+            self.puller.acquire(self.at, stream)
+            self.puller.release(self.at, stream)
+            self.at += 1
+
+
 def pull_rate(shards: Shards, names: Sequence[str], streams: int, rotated: bool = True) -> float:
     """GB/s of a rank while all pull nothing but the given matrices of every layer."""
-    group, dims, layout = shards.group, shards.dims, shards.layout
-    items = [RingItem(n, layer, dims.shape(n)) for layer in range(dims.num_layers) for n in names]
-    sizes = [item.nbytes(dims.itemsize) for item in items]
-    plan = plan_ring(sizes, 4 * max(sizes))
-    arena = torch.empty(plan.nbytes, dtype=torch.uint8, device=group.device)
-    n, me = layout.size, shards.index
-    owners = [(me + i) % n for i in range(1, n)] if rotated else [o for o in range(n) if o != me]
-    addresses = [other.data_ptr() for other in shards.arenas]
-    places, nbytes = [], 0
-    for item, size, offset in zip(items, sizes, plan.offsets, strict=True):
-        to = arena.data_ptr() + offset
-        copies = item_copies(layout, item, owners, addresses, to)
-        nbytes += sum(copy[4] * copy[5] for copy in copies)
-        places.append((to, size, copies))
-    device = group.device.index if group.gpu else -1
-    puller = _runtime.Puller(device, places, list(plan.gates), streams)
-    puller.start()
-    stream = torch.cuda.current_stream().cuda_stream if group.gpu else 0
-    at = 0
+    pull = Pull(shards, names, streams, rotated)
+    seconds = shards.group.seconds(pull, 3)
+    pull.puller.close()
+    return pull.nbytes / seconds / 1e9
 
-    def once() -> None:
-        nonlocal at
-        for _ in items:
-            puller.acquire(at, stream)
-            puller.release(at, stream)
-            at += 1
 
-    seconds = group.seconds(once, 3)
-    puller.close()
-    return nbytes / seconds / 1e9
+def beside(shards: Shards, rows: Sequence[int]) -> None:
+    """The pull goes on without a pause while a step's GEMMs run over other weights."""
+    group, dims = shards.group, shards.dims
+    pull, whole = Pull(shards, LINEARS, 2), Whole(dims, group.device)
+    side = torch.cuda.Stream()
+
+    def timed(calls: Sequence[Callable[[], Any]]) -> list[float]:
+        """Milliseconds at which each has ended on the current stream."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+        events[0].record()
+        for call, event in zip(calls, events[1:], strict=True):
+            call()
+            event.record()
+        torch.cuda.synchronize()
+        return [events[0].elapsed_time(event) for event in events[1:]]
+
+    for tokens in rows:
+        x = torch.randn(tokens, dims.hidden_size, device=group.device).bfloat16()
+
+        def gemms(x: Tensor = x) -> None:
+            step(whole, dims, x)
+
+        gemms()
+        group.settle()
+        alone = timed([gemms])[0]
+        pulls = 3 + int(1.5 * alone / (pull.nbytes / 370e6))
+        group.settle()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(pulls + 1)]
+        with torch.cuda.stream(side):
+            events[0].record()
+            for event in events[1:]:
+                pull()
+                event.record()
+        both = timed([gemms])[0]
+        ends = [events[0].elapsed_time(event) for event in events[1:]]
+        inside = max(1, sum(end < both for end in ends))
+        rate = pull.nbytes * inside / ends[inside - 1] / 1e6
+        group.show(
+            what="beside", rows=tokens, gemms_ms=group.slowest(alone),
+            gemms_beside_ms=group.slowest(both), gb_s=-group.slowest(-rate),
+        )  # fmt: skip
+    pull.puller.close()
+
+
+def own(shards: Shards, rows: Sequence[int]) -> None:
+    """Where the own shard is used, by copy engine or as the driver likes; and what the smaller
+    GEMMs cost by themselves."""
+    group, dims = shards.group, shards.dims
+    for tokens in rows:
+        x = torch.randn(tokens, dims.hidden_size, device=group.device).bfloat16()
+        whole = Whole(dims, group.device)
+        repeats = 2 if tokens > 4096 else 3
+        for whole.halved in OWN:
+            seconds = group.seconds(lambda x=x, whole=whole: step(whole, dims, x), repeats)
+            group.show(what="resident", halved=whole.halved, rows=tokens, ms=seconds * 1e3)
+        del whole
+        for kind in OWN:
+            for overlap in (False, True):
+                found = streamed_ms(shards, tokens, own=kind, overlap=overlap)
+                group.show(what="streamed", own=kind, overlap=overlap, rows=tokens, **found)
+        whole = Whole(dims, group.device)
+        seconds = group.seconds(lambda x=x, whole=whole: step(whole, dims, x), repeats)
+        group.show(what="resident", halved="copied", rows=tokens, ms=seconds * 1e3)
+        del whole
 
 
 def rates(shards: Shards) -> None:
@@ -219,7 +313,7 @@ def linears(shards: Shards, rows: Sequence[int]) -> None:
 
 def ablations(shards: Shards, rows: Sequence[int]) -> None:
     group = shards.group
-    layer = default_ring_bytes(shards.dims) // 2
+    layer = default_ring_bytes(shards.layout, shards.index) // 2
     for tokens in rows:
         for layers in (0.8, 1.0, 1.25, 1.5, 2.0, 3.0):
             found = streamed_ms(shards, tokens, nbytes=int(layer * layers))
@@ -239,7 +333,7 @@ def ablations(shards: Shards, rows: Sequence[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="+", choices=["rates", "linears", "ablations", "layouts"])
+    parser.add_argument("what", nargs="+", choices=WHAT)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-32b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
@@ -259,6 +353,10 @@ def main() -> None:
             shards = Shards(dims, group, key[0])
             if "rates" in args.what:
                 rates(shards)
+            if "beside" in args.what:
+                beside(shards, args.rows)
+            if "own" in args.what:
+                own(shards, args.rows)
             if "linears" in args.what:
                 linears(shards, args.rows)
             if "ablations" in args.what:

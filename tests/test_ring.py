@@ -10,10 +10,11 @@ from shapes import QWEN3_32B
 
 from torch_pd import planner
 from torch_pd.config import EngineConfig
+from torch_pd.nn.linear import linear_in_parts
 from torch_pd.weights.layout import LINEARS, ModelDims, make_layout
 from torch_pd.weights.pool import WeightPool
-from torch_pd.weights.ring import Ring, default_ring_bytes, plan_ring, ring_items
-from torch_pd.weights.source import Resident
+from torch_pd.weights.ring import OWN, Ring, default_ring_bytes, plan_ring, ring_items
+from torch_pd.weights.source import Matrix, Resident
 
 DIMS = ModelDims(
     num_layers=3, hidden_size=32, num_heads=6, num_kv_heads=3, head_dim=8,
@@ -59,8 +60,9 @@ def test_the_planner_knows_the_size_of_the_ring():
         shape.num_layers, shape.hidden, shape.num_heads, shape.num_kv_heads, shape.head_dim,
         shape.intermediate, shape.vocab, shape.itemsize,
     )  # fmt: skip
-    memory = planner.memory_of("stream", shape, EngineConfig(), 4)
-    assert memory["ring"] == default_ring_bytes(dims)
+    for ranks in (2, 4, 8):
+        memory = planner.memory_of("stream", shape, EngineConfig(), ranks)
+        assert memory["ring"] == default_ring_bytes(make_layout(dims, ranks), 1)
 
 
 def filled_pools(dims, size, **layout):
@@ -77,10 +79,12 @@ def make_ring(pools, index, **options):
     return Ring(pools[0].layout, index, arenas, torch.float32, **options)
 
 
-def smallest(dims):
-    return max(item.nbytes(dims.itemsize) for item in ring_items(dims))
+def smallest(layout, index, own="rows"):
+    items = ring_items(layout, index, own)
+    return max((item.nbytes(layout.dims.itemsize) for item in items), default=0)
 
 
+@pytest.mark.parametrize("own", OWN)
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("dims", [DIMS, TIED], ids=["untied", "tied"])
 @pytest.mark.parametrize(
@@ -88,7 +92,7 @@ def smallest(dims):
     [{}, {"weight_layout": "layer"}, {"param_ranks": [0, 1]}],
     ids=["shard", "layer", "param_ranks"],
 )
-def test_matrices_are_those_of_all_shards(size, dims, layout):
+def test_matrices_are_those_of_all_shards(size, dims, layout, own):
     if "param_ranks" in layout and size < 4:
         pytest.skip("no rank would be left without weights")
     if layout.get("weight_layout") == "layer" and size > dims.num_layers:
@@ -97,13 +101,14 @@ def test_matrices_are_those_of_all_shards(size, dims, layout):
     whole = Resident(pools)
     ids = torch.arange(dims.vocab_size)
     for index in range(size):
-        ring = make_ring(pools, index, poison=True, nbytes=smallest(dims) + 1000)
+        nbytes = smallest(pools[0].layout, index, own) + 1000
+        ring = make_ring(pools, index, own=own, poison=True, nbytes=nbytes)
         for _ in range(2):
             assert torch.equal(ring.embed(ids), whole.embed(ids))
             for layer in range(dims.num_layers):
                 for linear in LINEARS:
                     matrix = ring.acquire(layer, linear)
-                    assert torch.equal(matrix, whole.acquire(layer, linear))
+                    assert torch.equal(matrix.join(), whole.acquire(layer, linear).join())
                     ring.release(layer, linear)
             tiles = [tile.clone() for tile in ring.head_tiles()]
             assert torch.equal(torch.cat(tiles), torch.cat(list(whole.head_tiles())))
@@ -115,22 +120,52 @@ def test_matrices_are_those_of_all_shards(size, dims, layout):
         ring.close()
 
 
+@pytest.mark.parametrize("layout", [{}, {"weight_layout": "layer"}], ids=["shard", "layer"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_products_are_those_of_whole_matrices(size, layout):
+    """Bit for bit, in the parts of any rank: a column of a product depends on its row of the
+    matrix alone. Only products of columns are added up, which rounds."""
+    pools = filled_pools(DIMS, size, **layout)
+    whole = Resident(pools)
+    for index in range(size):
+        sources = [Resident(pools, index)]
+        sources += [make_ring(pools, index, own=own, poison=True) for own in OWN]
+        for layer in range(DIMS.num_layers):
+            for linear in LINEARS:
+                (matrix,) = whole.acquire(layer, linear).parts
+                x, bias = torch.randn(9, matrix.shape[1]), torch.randn(matrix.shape[0])
+                for source, own in zip(sources, ("rows", *OWN), strict=True):
+                    parts = source.acquire(layer, linear)
+                    for added in (None, bias):
+                        want, got = (
+                            linear_in_parts(x, found, added) for found in (Matrix((matrix,)), parts)
+                        )
+                        if own == "all":
+                            torch.testing.assert_close(got, want)
+                        else:
+                            assert torch.equal(got, want)
+                    source.release(layer, linear)
+        for ring in sources[1:]:
+            ring.close()
+
+
 class SlowRing(RuleBasedStateMachine):
     """A rank that streams: holds matrices for a while, ends steps early, with slow copies."""
 
     @initialize(
         size=st.sampled_from([1, 2, 3]),
         index=st.integers(0, 2),
+        own=st.sampled_from(OWN),
         spare=st.integers(0, 40000),
         delays=st.lists(st.sampled_from([0, 0, 50, 300]), min_size=1, max_size=7),
     )
-    def begin(self, size, index, spare, delays):
+    def begin(self, size, index, own, spare, delays):
         pools = filled_pools(DIMS, size)
         self.whole = Resident(pools)
         self.head = torch.cat(list(self.whole.head_tiles()))
-        self.ring = make_ring(
-            pools, index % size, nbytes=smallest(DIMS) + spare, poison=True, delays=delays
-        )
+        index %= size
+        nbytes = smallest(pools[0].layout, index, own) + spare
+        self.ring = make_ring(pools, index, own=own, nbytes=nbytes, poison=True, delays=delays)
         self.order = [(layer, linear) for layer in range(DIMS.num_layers) for linear in LINEARS]
         self.next = 0
         self.held = None
@@ -139,13 +174,13 @@ class SlowRing(RuleBasedStateMachine):
     @rule()
     def acquire(self):
         self.held = self.ring.acquire(*self.order[self.next])
-        assert torch.equal(self.held, self.whole.acquire(*self.order[self.next]))
+        assert torch.equal(self.held.join(), self.whole.acquire(*self.order[self.next]).join())
 
     @precondition(lambda self: self.held is not None)
     @rule()
     def release(self):
         """What was held is whole until the end, however far the copies ran ahead."""
-        assert torch.equal(self.held, self.whole.acquire(*self.order[self.next]))
+        assert torch.equal(self.held.join(), self.whole.acquire(*self.order[self.next]).join())
         self.ring.release(*self.order[self.next])
         self.held = None
         self.next += 1

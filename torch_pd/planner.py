@@ -326,9 +326,11 @@ def kv_shape_of(shape: ModelShape, settings: EngineConfig) -> KVShape:
     )
 
 
-def default_ring_bytes(shape: ModelShape) -> int:
-    """Two layers (see `weights.ring`)."""
-    return 2 * shape.layer_params // shape.num_layers * shape.itemsize
+def default_ring_bytes(shape: ModelShape, shards: int) -> int:
+    """What is pulled of two layers: own rows of qkv and gate_up are used where they lie (see
+    `weights.ring`)."""
+    rows = shape.hidden * (shape.qkv_width + 2 * shape.intermediate)
+    return 2 * (shape.layer_params // shape.num_layers - rows // shards) * shape.itemsize
 
 
 def memory_of(mode: str, shape: ModelShape, settings: EngineConfig, shards: int) -> dict[str, int]:
@@ -341,7 +343,7 @@ def memory_of(mode: str, shape: ModelShape, settings: EngineConfig, shards: int)
     ring = communication = 0
     if pooled and mode != "ship":
         asked = settings.ring_gib
-        ring = default_ring_bytes(shape) if asked is None else int(asked * GIB)
+        ring = default_ring_bytes(shape, shards) if asked is None else int(asked * GIB)
     if pooled and mode != "stream":
         row = 2 * shape.hidden + shape.qkv_width + 3 * shape.intermediate // shards
         communication = NCCL_BYTES + shards * SHIP_ROWS * row * shape.itemsize

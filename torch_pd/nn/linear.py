@@ -7,23 +7,34 @@ import torch
 from torch import Tensor, nn
 
 from torch_pd import ops
+from torch_pd.weights.source import Matrix
 
 if TYPE_CHECKING:
     from torch_pd.nn.attention import Pass
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """``x [..., in] @ weight [out, in].T + bias [out]``.
 
     On CPU the library's own op: a row of the result does not depend on the other rows, so batching
     never changes an answer. Elsewhere the vendor's GEMM.
+
+    Args:
+        out: ``[T, out]`` for ``x [T, in]``; rows may lie apart.
     """
     if not x.is_cpu:
-        return nn.functional.linear(x, weight, bias)
+        if out is None:
+            return nn.functional.linear(x, weight, bias)
+        if bias is None:
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(bias, x, weight.t(), out=out)
     if x.dim() != 2:
         rows = linear(x.reshape(-1, x.shape[-1]), weight, bias)
         return rows.view(*x.shape[:-1], weight.shape[0])
-    out = x.new_empty(x.shape[0], weight.shape[0])
+    if out is None:
+        out = x.new_empty(x.shape[0], weight.shape[0])
     ops.linear(x, weight, bias, out)
     return out
 
@@ -36,6 +47,30 @@ def head_forward(module: nn.Linear, x: Tensor) -> Tensor:
         return linear(x, module.weight, module.bias)
     out = torch.mm(x.reshape(rows, -1), module.weight.t(), out=running.logits[:rows])
     return out.view(*x.shape[:-1], -1)
+
+
+def linear_in_parts(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+    """``x [T, in] @ matrix [out, in].T + bias [out]``, one GEMM for each part of the matrix.
+
+    Parts of the rows fill columns of the result. Parts of the columns are added up in the dtype of
+    ``x``, so their result is rounded once more for each.
+    """
+    if len(matrix.parts) == 1:
+        return linear(x, matrix.parts[0], bias)
+    sizes = [part.shape[matrix.axis] for part in matrix.parts]
+    if matrix.axis == 0:
+        y = x.new_empty(x.shape[0], sum(sizes))
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        for part, columns, own in zip(matrix.parts, y.split(sizes, 1), biases, strict=True):
+            linear(x, part, own, columns)
+        return y
+    y = linear(x[:, : sizes[0]], matrix.parts[0], bias)
+    for part, columns in zip(matrix.parts[1:], x.split(sizes, 1)[1:], strict=True):
+        if x.is_cpu:
+            y += linear(columns, part)
+        else:
+            y.addmm_(columns, part.t())
+    return y
 
 
 class MergedLinear:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from torch_pd import ops
 from torch_pd.nn.attention import Pass
 from torch_pd.nn.block import FusedAttention, FusedBlock, FusedMLP
-from torch_pd.nn.linear import linear
+from torch_pd.nn.linear import linear, linear_in_parts
 from torch_pd.nn.patch import patch_state
 from torch_pd.nn.probe import put
 from torch_pd.weights.pool import LayerShard, WeightPool
@@ -48,7 +48,7 @@ class Shared:
     def whole(self, layer: int, name: str, x: Tensor, bias: Tensor | None) -> Tensor:
         """A linear of a layer by its whole matrix."""
         source = self.alone()
-        y = linear(x, source.acquire(layer, name), bias)
+        y = linear_in_parts(x, source.acquire(layer, name), bias)
         source.release(layer, name)
         return y
 

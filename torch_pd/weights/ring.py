@@ -12,7 +12,8 @@ from torch import Tensor
 
 import torch_pd._runtime as _runtime
 from torch_pd.sizing import GIB
-from torch_pd.weights.layout import ALIGNMENT, LINEARS, Layout, ModelDims
+from torch_pd.weights.layout import ALIGNMENT, LINEARS, Layout, Piece
+from torch_pd.weights.source import Matrix, split_around
 
 Copy = tuple[int, int, int, int, int, int]
 """From, its pitch, to, its pitch, width, rows: bytes."""
@@ -39,7 +40,7 @@ def plan_ring(sizes: Sequence[int], nbytes: int) -> RingPlan:
     Raises:
         ValueError: the largest item does not fit into ``nbytes``.
     """
-    largest = max(sizes)
+    largest = max(sizes, default=0)
     if largest > nbytes:
         raise ValueError(
             f"ring_gib={nbytes / GIB:g} ({nbytes:,} bytes) is too small for the largest matrix of "
@@ -63,48 +64,86 @@ def plan_ring(sizes: Sequence[int], nbytes: int) -> RingPlan:
     return RingPlan(nbytes, tuple(offsets), tuple(gates))
 
 
-def default_ring_bytes(dims: ModelDims) -> int:
-    """Two layers: while one is used the other lands."""
-    return 2 * sum(_aligned(_nbytes(dims, linear)) for linear in LINEARS)
-
-
-def head_tile_rows(dims: ModelDims) -> int:
-    """Rows of a tile of lm_head: no larger than the largest matrix of a layer."""
-    largest = max(_nbytes(dims, linear) for linear in LINEARS)
-    return max(1, min(dims.vocab_size, largest // (dims.hidden_size * dims.itemsize)))
-
-
-def _nbytes(dims: ModelDims, linear: str) -> int:
-    rows, cols = dims.shape(linear)
-    return rows * cols * dims.itemsize
-
-
 @dataclass(frozen=True)
 class RingItem:
-    """A whole matrix of a layer, or a tile of lm_head's rows."""
+    """What is pulled of a matrix of a layer, or of a tile of lm_head's rows.
+
+    A rank's own rows are multiplied where they lie, so they are not in the ring: it holds the rows
+    of the others, one owner's behind another's. Own columns (o, down) are copied in between those
+    of the others unless ``own`` is "all".
+    """
 
     linear: str
     layer: int
     shape: tuple[int, int]
+    """In the ring."""
+    own: tuple[int, int] = (0, 0)
+    """Rows (or columns, see ``axis``) of the matrix that are left out."""
+    axis: int = 0
+    """Of ``own``: 0 rows, 1 columns."""
     first_row: int = 0
+    """Of the matrix; of a tile."""
 
     def nbytes(self, itemsize: int) -> int:
         """Bytes in the ring."""
         return self.shape[0] * self.shape[1] * itemsize
 
 
-def ring_items(dims: ModelDims) -> list[RingItem]:
-    """What a step uses, in order."""
+OWN = ("copied", "rows", "all")
+"""What of its own shard a rank uses where it lies: nothing, row shards, column shards too."""
+
+
+def _item(layout: Layout, index: int, linear: str, layer: int, own: str) -> RingItem | None:
+    """A matrix of a layer; None: all of it lies here, and is used there."""
+    rows, cols = layout.dims.shape(linear)
+    piece = layout.pieces(linear, layer)[index]
+    if own == "copied" or not piece.nbytes:
+        return RingItem(linear, layer, (rows, cols))
+    if piece.shape == (rows, cols):
+        return None
+    if piece.cols == (0, cols):
+        return RingItem(linear, layer, (rows - piece.shape[0], cols), piece.rows)
+    if own == "rows":
+        return RingItem(linear, layer, (rows, cols))
+    return RingItem(linear, layer, (rows, cols - piece.shape[1]), piece.cols, axis=1)
+
+
+def ring_items(layout: Layout, index: int, own: str = "rows") -> list[RingItem]:
+    """What a step of a rank pulls, in order.
+
+    Args:
+        index: of the rank in the group.
+        own: one of `OWN`.
+    """
+    dims = layout.dims
     items = [
-        RingItem(linear, layer, dims.shape(linear))
+        item
         for layer in range(dims.num_layers)
         for linear in LINEARS
+        if (item := _item(layout, index, linear, layer, own)) is not None
     ]
-    tile = head_tile_rows(dims)
-    for start in range(0, dims.vocab_size, tile):
-        rows = min(tile, dims.vocab_size - start)
-        items.append(RingItem("lm_head", 0, (rows, dims.hidden_size), start))
+    # No tile of lm_head is larger than the largest matrix.
+    row_bytes = dims.hidden_size * dims.itemsize
+    most = max((item.nbytes(dims.itemsize) for item in items), default=dims.vocab_size * row_bytes)
+    tile = max(1, most // row_bytes)
+    start, stop = (0, 0) if own == "copied" else layout.pieces("lm_head")[index].rows
+    for first, last in ((0, start), (stop, dims.vocab_size)):
+        for row in range(first, last, tile):
+            shape = (min(tile, last - row), dims.hidden_size)
+            items.append(RingItem("lm_head", 0, shape, first_row=row))
     return items
+
+
+def default_ring_bytes(layout: Layout, index: int, own: str = "rows") -> int:
+    """What is pulled of two layers: while one is used the other lands."""
+    layers, tiles = [0] * layout.dims.num_layers, [0]
+    for item in ring_items(layout, index, own):
+        size = _aligned(item.nbytes(layout.dims.itemsize))
+        if item.linear == "lm_head":
+            tiles.append(size)
+        else:
+            layers[item.layer] += size
+    return max(2 * max(layers), *tiles)
 
 
 def item_copies(
@@ -113,22 +152,29 @@ def item_copies(
     """The copies that make up an item.
 
     Args:
-        owners: indices in the group, in the order to copy from.
+        owners: indices in the group, in the order to copy from; who owns ``item.own`` is passed
+            over.
         arenas: address of each owner's arena.
         to: address of the item's place.
     """
-    first, last = item.first_row, item.first_row + item.shape[0]
+    first = item.first_row
+    left_out = item.own[1] - item.own[0]
+    last = first + item.shape[0] + (left_out if item.axis == 0 else 0)
     pieces = layout.pieces(item.linear, item.layer)
     itemsize = layout.dims.itemsize
     pitch = item.shape[1] * itemsize
     copies = []
     for owner in owners:
         piece = pieces[owner]
+        cut = piece.cols if item.axis else piece.rows
         start, stop = max(first, piece.rows[0]), min(last, piece.rows[1])
-        if start >= stop or piece.pitch == 0:
+        if start >= stop or piece.pitch == 0 or (left_out and cut == item.own):
             continue
         source = arenas[owner] + piece.offset + (start - piece.rows[0]) * piece.pitch
-        target = to + (start - first) * pitch + piece.cols[0] * itemsize
+        behind = left_out and cut[0] >= item.own[1]
+        row = start - first - (left_out if behind and item.axis == 0 else 0)
+        column = piece.cols[0] - (left_out if behind and item.axis == 1 else 0)
+        target = to + row * pitch + column * itemsize
         copies.append((source, piece.pitch, target, pitch, piece.pitch, stop - start))
     return copies
 
@@ -146,6 +192,8 @@ class Ring:
         arenas: every owner's arena as this rank reads it, all of them filled.
         dtype: of the weights.
         nbytes: of the ring; default `default_ring_bytes`.
+        own: what of this rank's shard is multiplied where it lies (`OWN`); the rest is copied into
+            the ring between what is pulled.
         streams: side streams that share the copies of an item (GPU).
         rotated: start at the next rank's piece, so that no owner is read by all at once; False is
             for measurements.
@@ -165,6 +213,7 @@ class Ring:
         dtype: torch.dtype,
         nbytes: int | None = None,
         *,
+        own: str = "rows",
         streams: int = 2,
         rotated: bool = True,
         overlap: bool = False,
@@ -172,46 +221,68 @@ class Ring:
         delays: Sequence[int] = (),
     ):
         assert len(arenas) == layout.size
+        assert own in OWN
         dims = layout.dims
         self.layout = layout
         self._arenas = list(arenas)
         self._device = arenas[index].device
-        self._items = ring_items(dims)
+        self._items = ring_items(layout, index, own)
         self.plan = plan_ring(
             [item.nbytes(dims.itemsize) for item in self._items],
-            default_ring_bytes(dims) if nbytes is None else nbytes,
+            default_ring_bytes(layout, index, own) if nbytes is None else nbytes,
         )
         self._arena = torch.empty(self.plan.nbytes, dtype=torch.uint8, device=self._device)
         self._places: dict[tuple[int, str], int] = {}
-        self._views: list[Tensor] = []
+        self._matrices: list[Matrix] = []
         owners = [(index + 1 + i) % layout.size for i in range(layout.size)]
         if not rotated:
             owners = list(range(layout.size))
         addresses = [arena.data_ptr() for arena in arenas]
         places = []
+
+        def mine(piece: Piece) -> Tensor:
+            data = arenas[index][piece.offset : piece.offset + piece.nbytes]
+            return data.view(dtype).view(piece.shape)
+
         self.pulled_bytes = 0
         """Of one step, from other ranks."""
         for i, (item, offset) in enumerate(zip(self._items, self.plan.offsets, strict=True)):
             size = item.nbytes(dims.itemsize)
+            view = self._arena[offset : offset + size].view(dtype).view(item.shape)
+            here = None
+            if item.own != (0, 0):
+                here = mine(layout.pieces(item.linear, item.layer)[index])
             if item.linear != "lm_head":
                 self._places[item.layer, item.linear] = i
-            self._views.append(self._arena[offset : offset + size].view(dtype).view(item.shape))
+            self._matrices.append(split_around(view, here, item.own[0], item.axis))
             to = self._arena.data_ptr() + offset
             copies = item_copies(layout, item, owners, addresses, to)
             remote = item_copies(layout, item, [o for o in owners if o != index], addresses, to)
             self.pulled_bytes += sum(copy[4] * copy[5] for copy in remote)
             places.append((to, size, copies))
+        self._local = {
+            (layer, linear): Matrix((mine(layout.pieces(linear, layer)[index]),))
+            for layer in range(dims.num_layers)
+            for linear in LINEARS
+            if (layer, linear) not in self._places
+        }
+        """Matrices of which nothing is pulled."""
         self._head = len(self._places)
+        head = layout.pieces("lm_head")[index]
+        self._own_head = mine(head) if own != "copied" and head.nbytes else None
+        self._own_head_row = head.rows[0]
         self._next = 0  # the use that comes next
-        self._puller = _runtime.Puller(
-            self._device.index if self._device.type == "cuda" else -1,
-            places,
-            list(self.plan.gates),
-            streams,
-            overlap,
-            poison,
-            list(delays),
-        )
+        self._puller = None
+        if places:
+            self._puller = _runtime.Puller(
+                self._device.index if self._device.type == "cuda" else -1,
+                places,
+                list(self.plan.gates),
+                streams,
+                overlap,
+                poison,
+                list(delays),
+            )
         embedding = layout.pieces("embedding")
         self._embedding = [
             (piece.rows, arena[piece.offset : piece.offset + piece.nbytes].view(dtype))
@@ -220,7 +291,8 @@ class Ring:
         ]
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the ring's memory may have had other users
-        self._puller.start()
+        if self._puller is not None:
+            self._puller.start()
 
     @property
     def device(self) -> torch.device:
@@ -232,19 +304,30 @@ class Ring:
         """Of the ring."""
         return self.plan.nbytes
 
-    def acquire(self, layer: int, linear: str) -> Tensor:
+    def acquire(self, layer: int, linear: str) -> Matrix:
         """See `Source`. One matrix at a time, in the order of use."""
-        return self._acquire(self._places[layer, linear])
+        place = self._places.get((layer, linear))
+        return self._local[layer, linear] if place is None else self._acquire(place)
 
     def release(self, layer: int, linear: str) -> None:
         """See `Source`."""
-        self._release(self._places[layer, linear])
+        place = self._places.get((layer, linear))
+        if place is not None:
+            self._release(place)
 
     def head_tiles(self) -> Iterator[Tensor]:
         """See `Source`."""
+        row = 0
         for place in range(self._head, len(self._items)):
-            yield self._acquire(place)
+            if self._own_head is not None and row == self._own_head_row:
+                yield self._own_head
+                row += len(self._own_head)
+            (tile,) = self._acquire(place).parts
+            yield tile
             self._release(place)
+            row += len(tile)
+        if self._own_head is not None and row == self._own_head_row:
+            yield self._own_head
 
     def embed(self, ids: Tensor) -> Tensor:
         """See `Source`. The rows are read where they lie, on any rank."""
@@ -270,24 +353,28 @@ class Ring:
 
     def close(self) -> None:
         """Waits for the copies under way, then lets go of the ring and the arenas."""
-        self._puller.close()
+        if self._puller is not None:
+            self._puller.close()
         if self._device.type == "cuda":
             # Kernels may read the arenas (embed), and unmapping waits for nothing.
             torch.cuda.synchronize(self._device)
-        self._views, self._embedding, self._arenas = [], [], []
+        self._matrices, self._embedding, self._arenas = [], [], []
+        self._local, self._own_head = {}, None
         self._arena = self._arena[:0].clone()
 
-    def _acquire(self, place: int) -> Tensor:
+    def _acquire(self, place: int) -> Matrix:
+        assert self._puller is not None
         use = self._next + (place - self._next) % len(self._items)
         stream = self._stream()
         if use > self._next:
             self._puller.skip(use, stream)  # the step before ended early
             self._next = use
         self._puller.acquire(use, stream)
-        return self._views[place]
+        return self._matrices[place]
 
     def _release(self, place: int) -> None:
         assert self._next % len(self._items) == place, "released something that is not in use"
+        assert self._puller is not None
         self._puller.release(self._next, self._stream())
         self._next += 1
 

@@ -1,6 +1,7 @@
 """Where whole matrices come from while a rank runs a step by itself."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,6 +11,30 @@ from torch_pd.weights.layout import LINEARS
 from torch_pd.weights.pool import WeightPool
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix ``[out, in]`` in one part or several, which lie in different places."""
+
+    parts: tuple[Tensor, ...]
+    """In order; together they are all rows, or all columns."""
+    axis: int = 0
+    """0: each part has some of the rows; 1: some of the columns."""
+
+    def join(self) -> Tensor:
+        """A copy in one piece."""
+        return torch.cat(self.parts, self.axis)
+
+
+def split_around(others: Tensor, own: Tensor | None, start: int, axis: int) -> Matrix:
+    """The matrix whose rows (columns, if ``axis`` is 1) from ``start`` on are ``own`` and whose
+    other ones are ``others``."""
+    if own is None:
+        return Matrix((others,))
+    sides = others.narrow(axis, 0, start), others.narrow(axis, start, others.shape[axis] - start)
+    parts = (sides[0], own, sides[1])
+    return Matrix(tuple(part for part in parts if part.shape[axis]), axis)
+
+
 class Source(Protocol):
     """Whole matrices ``[out, in]`` of a pool group, merged ones in shard-block order.
 
@@ -17,7 +42,7 @@ class Source(Protocol):
     then `head_tiles`.
     """
 
-    def acquire(self, layer: int, linear: str) -> Tensor:
+    def acquire(self, layer: int, linear: str) -> Matrix:
         """A matrix of a layer (`layout.LINEARS`), ready on the current stream until `release`."""
         ...
 
@@ -40,10 +65,13 @@ class Resident:
     Args:
         pools: of all ranks of the group in order. One alone is used as it lies; several are joined,
             as in a check of a split against its parts.
+        index: of a rank; the matrices are in the parts in which that one streams them. GEMMs of
+            other parts may round otherwise.
     """
 
-    def __init__(self, pools: Sequence[WeightPool]) -> None:
+    def __init__(self, pools: Sequence[WeightPool], index: int | None = None) -> None:
         layout = pools[0].layout
+        self._layout, self._index = layout, index
 
         def join(parts: list[Tensor], linear: str) -> Tensor:
             return parts[0] if len(parts) == 1 else torch.cat(parts, int(linear in ("o", "down")))
@@ -58,9 +86,15 @@ class Resident:
         if not layout.dims.tied:
             self._embedding = join([pool.embedding for pool in pools], "embedding")
 
-    def acquire(self, layer: int, linear: str) -> Tensor:
+    def acquire(self, layer: int, linear: str) -> Matrix:
         """See `Source`."""
-        return self._linears[layer, linear]
+        matrix = self._linears[layer, linear]
+        if self._index is None:
+            return Matrix((matrix,))
+        piece = self._layout.pieces(linear, layer)[self._index]
+        return Matrix(
+            _apart(matrix, piece.rows) if piece.cols == (0, matrix.shape[1]) else (matrix,)
+        )
 
     def release(self, layer: int, linear: str) -> None:
         """See `Source`."""
@@ -72,3 +106,9 @@ class Resident:
     def head_tiles(self) -> Iterator[Tensor]:
         """See `Source`."""
         yield self._head
+
+
+def _apart(matrix: Tensor, own: tuple[int, int]) -> tuple[Tensor, ...]:
+    """The rows before, in and behind ``own``."""
+    parts = matrix[: own[0]], matrix[own[0] : own[1]], matrix[own[1] :]
+    return tuple(part for part in parts if len(part))
