@@ -107,8 +107,12 @@ def folder_of(shape: str, layers: int | None, max_len: int) -> Path:
         tie_word_embeddings=False,
         max_position_embeddings=max_len,
     )
-    folder = Path(tempfile.mkdtemp(prefix=f"torch_pd-{shape}-"))
-    config.save_pretrained(folder)
+    # One place for all ranks of torchrun, each of which may be the first to write it.
+    folder = Path(tempfile.gettempdir()) / f"torch_pd-{shape}-{layers}-{max_len}"
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as new:
+        config.save_pretrained(new)
+        (Path(new) / "config.json").replace(folder / "config.json")
     return folder
 
 

@@ -114,6 +114,13 @@ class ModelShape:
         return (self.layer_params + self.head_params) * self.itemsize
 
     @property
+    def column_params(self) -> int:
+        """Of o and down, whose shards are columns; of all layers."""
+        rows = self.qkv_width + 2 * self.intermediate
+        cols = self.num_heads * self.head_dim + self.intermediate
+        return self.layer_params * cols // (rows + cols)
+
+    @property
     def kv_token_bytes(self) -> int:
         """Of K and V of one token in all layers."""
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.itemsize
@@ -167,8 +174,11 @@ class Costs:
     def stream(self, step: Step) -> float:
         """Weights pulled through the ring beside the computation; launched from the host."""
         shape, machine, m = self.shape, self.machine, self.shards
-        # Written by the pull, the own shard read and written, the shards read by the others.
-        traffic = shape.pulled_bytes * ((m - 1) + 2 + (m - 1)) / m if m > 1 else 0.0
+        traffic = 0.0
+        if m > 1:
+            # Written by the pull, read by the others' pulls; own columns are read and written.
+            remote = shape.pulled_bytes * (m - 1)
+            traffic = 2 * (remote + shape.column_params * shape.itemsize) / m
         slowed = machine.contention * traffic / machine.memory_bandwidth
         compute = self._launched(self._linears(step, 1) + self._rest(step), step)
         return max(self.pull_seconds() + machine.step_seconds, compute + slowed)

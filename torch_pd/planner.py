@@ -329,8 +329,8 @@ def kv_shape_of(shape: ModelShape, settings: EngineConfig) -> KVShape:
 def default_ring_bytes(shape: ModelShape, shards: int) -> int:
     """What is pulled of two layers: own rows of qkv and gate_up are used where they lie (see
     `weights.ring`)."""
-    rows = shape.hidden * (shape.qkv_width + 2 * shape.intermediate)
-    return 2 * (shape.layer_params // shape.num_layers - rows // shards) * shape.itemsize
+    rows = shape.layer_params - shape.column_params
+    return 2 * (shape.layer_params - rows // shards) // shape.num_layers * shape.itemsize
 
 
 def memory_of(mode: str, shape: ModelShape, settings: EngineConfig, shards: int) -> dict[str, int]:

@@ -50,7 +50,9 @@ class Choice:
             tokens, selected: rows of the layers and of lm_head that each rank brings.
             decoding: no rank computes a prompt.
         """
-        if self.mode == "auto":
+        if self.mode != "auto":
+            self.way = self.mode
+        else:
             stream, ship = self.seconds(tokens, selected, decoding)
             # What a step costs the way of the phase, and the other way.
             stays, turns = (stream, ship) if self.way == "stream" else (ship, stream)

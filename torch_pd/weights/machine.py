@@ -95,18 +95,19 @@ def _gemms(device: torch.device) -> dict[str, float]:
         return {}
     weight = torch.randn(16384, 8192, device=device).bfloat16()
     found = {}
-    for constant, rows, amount in (
-        ("flops", 4096, 2 * 4096 * weight.numel()),
-        ("weight_bandwidth", 16, weight.nbytes),
+    # Of many rows for as long as a step takes: under load the clock falls, and with it the rate.
+    for constant, rows, amount, repeats in (
+        ("flops", 4096, 2 * 4096 * weight.numel(), 300),
+        ("weight_bandwidth", 16, weight.nbytes, 30),
     ):
         x = torch.randn(rows, 8192, device=device).bfloat16()
-        torch.nn.functional.linear(x, weight)
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(10):
-            torch.nn.functional.linear(x, weight)
-        torch.cuda.synchronize(device)
-        found[constant] = 10 * amount / (time.perf_counter() - start)
+        for _ in range(2):  # the first time to warm up
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            for _ in range(repeats):
+                torch.nn.functional.linear(x, weight)
+            torch.cuda.synchronize(device)
+            found[constant] = repeats * amount / (time.perf_counter() - start)
     return found
 
 
