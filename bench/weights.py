@@ -29,10 +29,11 @@ from torch_pd.nn.linear import linear_in_parts
 from torch_pd.peer import PeerMemory
 from torch_pd.weights.layout import LINEARS, Layout, ModelDims, make_layout
 from torch_pd.weights.pool import WeightPool
-from torch_pd.weights.ring import OWN, Ring, RingItem, default_ring_bytes, item_copies, plan_ring
+from torch_pd.weights.ring import Ring, RingItem, default_ring_bytes, item_copies, plan_ring
 from torch_pd.weights.source import Matrix
 
 WHAT = ("rates", "linears", "beside", "own", "ablations", "layouts")
+HALVED = ("none", "rows", "all")
 COPIES = 4
 """Whole layers kept for the resident steps."""
 
@@ -118,8 +119,8 @@ class Whole:
     """A few whole layers that stand for all, in one part each or two halves."""
 
     def __init__(self, dims: ModelDims, device: torch.device) -> None:
-        self.halved = "copied"
-        """One of OWN: what is multiplied in halves."""
+        self.halved = "none"
+        """One of HALVED: what is multiplied in halves."""
         self.layers = [
             {
                 name: torch.empty(dims.shape(name), dtype=torch.bfloat16, device=device).normal_(
@@ -132,7 +133,7 @@ class Whole:
 
     def acquire(self, layer: int, name: str) -> Matrix:
         matrix = self.layers[layer % len(self.layers)][name]
-        if name in ("qkv", "gate_up") and self.halved != "copied":
+        if name in ("qkv", "gate_up") and self.halved != "none":
             return Matrix(matrix.chunk(2))
         if name in ("o", "down") and self.halved == "all":
             return Matrix(self._halves(layer, name), 1)
@@ -250,24 +251,22 @@ def beside(shards: Shards, rows: Sequence[int]) -> None:
 
 
 def own(shards: Shards, rows: Sequence[int]) -> None:
-    """Where the own shard is used, by copy engine or as the driver likes; and what the smaller
-    GEMMs cost by themselves."""
+    """The own shard copied or in place; and what the smaller GEMMs cost by themselves."""
     group, dims = shards.group, shards.dims
     for tokens in rows:
         x = torch.randn(tokens, dims.hidden_size, device=group.device).bfloat16()
         whole = Whole(dims, group.device)
         repeats = 2 if tokens > 4096 else 3
-        for whole.halved in OWN:
+        for whole.halved in HALVED:
             seconds = group.seconds(lambda x=x, whole=whole: step(whole, dims, x), repeats)
             group.show(what="resident", halved=whole.halved, rows=tokens, ms=seconds * 1e3)
         del whole
-        for kind in OWN:
-            for overlap in (False, True):
-                found = streamed_ms(shards, tokens, own=kind, overlap=overlap)
-                group.show(what="streamed", own=kind, overlap=overlap, rows=tokens, **found)
+        for in_place in (False, True):
+            found = streamed_ms(shards, tokens, in_place=in_place)
+            group.show(what="streamed", in_place=in_place, rows=tokens, **found)
         whole = Whole(dims, group.device)
         seconds = group.seconds(lambda x=x, whole=whole: step(whole, dims, x), repeats)
-        group.show(what="resident", halved="copied", rows=tokens, ms=seconds * 1e3)
+        group.show(what="resident", halved="none", rows=tokens, ms=seconds * 1e3)
         del whole
 
 
@@ -323,8 +322,6 @@ def ablations(shards: Shards, rows: Sequence[int]) -> None:
                 what="streams", streams=streams, rows=tokens,
                 **streamed_ms(shards, tokens, streams=streams),
             )  # fmt: skip
-        found = streamed_ms(shards, tokens, overlap=True)
-        group.show(what="copies off the SMs", rows=tokens, **found)
         found = streamed_ms(shards, tokens, rotated=False)
         group.show(what="same start", rows=tokens, **found)
         found = streamed_ms(shards, tokens, pause=0.02)

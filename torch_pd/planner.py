@@ -327,10 +327,9 @@ def kv_shape_of(shape: ModelShape, settings: EngineConfig) -> KVShape:
 
 
 def default_ring_bytes(shape: ModelShape, shards: int) -> int:
-    """What is pulled of two layers: own rows of qkv and gate_up are used where they lie (see
-    `weights.ring`)."""
-    rows = shape.layer_params - shape.column_params
-    return 2 * (shape.layer_params - rows // shards) // shape.num_layers * shape.itemsize
+    """What is pulled of two layers (see `weights.ring`)."""
+    layer = shape.layer_params // shape.num_layers * shape.itemsize
+    return 2 * layer * (shards - 1) // shards
 
 
 def memory_of(mode: str, shape: ModelShape, settings: EngineConfig, shards: int) -> dict[str, int]:

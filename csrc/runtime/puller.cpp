@@ -12,6 +12,7 @@
 // tests.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -51,12 +52,8 @@ class Puller {
   using ItemTuple = std::tuple<uint64_t, uint64_t, std::vector<CopyTuple>>;
 
   Puller(int device, const std::vector<ItemTuple>& items, std::vector<int64_t> gates, int streams,
-         bool overlap, bool poison, std::vector<int64_t> delays)
-      : device_(device),
-        gates_(std::move(gates)),
-        overlap_(overlap),
-        poison_(poison),
-        delays_(std::move(delays)) {
+         bool poison, std::vector<int64_t> delays)
+      : device_(device), gates_(std::move(gates)), poison_(poison), delays_(std::move(delays)) {
     for (const auto& [address, nbytes, copies] : items) {
       Item item{address, nbytes, {}};
       for (const auto& [from, from_pitch, to, to_pitch, width, rows] : copies) {
@@ -215,63 +212,44 @@ class Puller {
     }
   }
 
-  // Within one GPU the driver may well copy by kernel; the hint keeps such copies off the SMs,
-  // which compute meanwhile.
   void start_copy(const Copy& copy, cudaStream_t stream) {
     void* to = reinterpret_cast<void*>(copy.to);
     void* from = reinterpret_cast<void*>(copy.from);
-    if (!overlap_ && copy.flat()) {
+    if (copy.flat()) {
       cuda_call("cudaMemcpyAsync", cudaMemcpyAsync(to, from, copy.width * copy.rows,
                                                    cudaMemcpyDeviceToDevice, stream));
-    } else if (!overlap_) {
+    } else {
       cuda_call("cudaMemcpy2DAsync",
                 cudaMemcpy2DAsync(to, copy.to_pitch, from, copy.from_pitch, copy.width, copy.rows,
                                   cudaMemcpyDeviceToDevice, stream));
-    } else if (copy.flat()) {
-      cudaMemcpyAttributes how{};
-      how.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
-      how.flags = cudaMemcpyFlagPreferOverlapWithCompute;
-      size_t size = copy.width * copy.rows, first = 0;
-      const void* source = from;
-      cuda_call("cudaMemcpyBatchAsync",
-                cudaMemcpyBatchAsync(&to, &source, &size, 1, &how, &first, 1, stream));
-    } else {
-      cudaMemcpy3DBatchOp op{};
-      op.src.type = op.dst.type = cudaMemcpyOperandTypePointer;
-      op.src.op.ptr.ptr = from;
-      op.src.op.ptr.rowLength = copy.from_pitch;
-      op.src.op.ptr.layerHeight = copy.rows;
-      op.dst.op.ptr.ptr = to;
-      op.dst.op.ptr.rowLength = copy.to_pitch;
-      op.dst.op.ptr.layerHeight = copy.rows;
-      op.extent = make_cudaExtent(copy.width, copy.rows, 1);
-      op.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
-      op.flags = cudaMemcpyFlagPreferOverlapWithCompute;
-      cuda_call("cudaMemcpy3DBatchAsync", cudaMemcpy3DBatchAsync(1, &op, 0, stream));
     }
   }
+
+  // Streams that copy for an item; the others need not be waited for.
+  size_t used(const Item& item) const { return std::min(streams_.size(), item.copies.size()); }
 
   void launch(int64_t use) {
     CudaDevice guard(device_);
     const int64_t index = use % count(), opener = use - gates_[index];
     const Item& item = items_[index];
     if (opener >= 0) {
-      for (auto stream : streams_) {
-        cuda_call("cudaStreamWaitEvent", cudaStreamWaitEvent(stream, free_[opener % count()], 0));
+      for (size_t i = 0; i < used(item); ++i) {
+        cuda_call("cudaStreamWaitEvent",
+                  cudaStreamWaitEvent(streams_[i], free_[opener % count()], 0));
       }
     }
     for (size_t i = 0; i < item.copies.size(); ++i) {
       const Copy& copy = item.copies[i];
       start_copy(copy, streams_[i % streams_.size()]);
     }
-    for (size_t i = 0; i < streams_.size(); ++i) {
+    for (size_t i = 0; i < used(item); ++i) {
       cuda_call("cudaEventRecord",
                 cudaEventRecord(ready_[index * streams_.size() + i], streams_[i]));
     }
   }
 
   void wait_ready(int64_t use, uint64_t stream) {
-    for (size_t i = 0; i < streams_.size(); ++i) {
+    for (size_t i = 0; i < used(items_[use % count()]); ++i) {
       cuda_call("cudaStreamWaitEvent",
                 cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(stream),
                                     ready_[use % count() * streams_.size() + i], 0));
@@ -314,7 +292,7 @@ class Puller {
   int device_;
   std::vector<Item> items_;
   std::vector<int64_t> gates_;
-  bool overlap_, poison_;
+  bool poison_;
   std::vector<int64_t> delays_;
   size_t next_delay_ = 0;
   bool started_ = false, closed_ = false;
@@ -339,13 +317,11 @@ void bind_puller(py::module_& m) {
                      "Fills a ring in the cyclic order of use, ahead of the computation. Items are "
                      "(address, bytes, copies), copies (from, pitch, to, pitch, width, rows), all "
                      "in bytes; gates say how many uses back the bytes were used last. device -1 "
-                     "is the CPU. overlap keeps copies off the SMs. poison and delays "
-                     "(microseconds a copy) are for tests.")
+                     "is the CPU. poison and delays (microseconds a copy) are for tests.")
       .def(py::init<int, const std::vector<Puller::ItemTuple>&, std::vector<int64_t>, int, bool,
-                    bool, std::vector<int64_t>>(),
+                    std::vector<int64_t>>(),
            py::arg("device"), py::arg("items"), py::arg("gates"), py::arg("streams") = 1,
-           py::arg("overlap") = false, py::arg("poison") = false,
-           py::arg("delays") = std::vector<int64_t>{})
+           py::arg("poison") = false, py::arg("delays") = std::vector<int64_t>{})
       .def("start", &Puller::start, Release())
       .def("acquire", &Puller::acquire, py::arg("use"), py::arg("stream"), Release())
       .def("release", &Puller::release, py::arg("use"), py::arg("stream"), Release())

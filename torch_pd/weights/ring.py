@@ -68,9 +68,8 @@ def plan_ring(sizes: Sequence[int], nbytes: int) -> RingPlan:
 class RingItem:
     """What is pulled of a matrix of a layer, or of a tile of lm_head's rows.
 
-    A rank's own rows are multiplied where they lie, so they are not in the ring: it holds the rows
-    of the others, one owner's behind another's. Own columns (o, down) are copied in between those
-    of the others unless ``own`` is "all".
+    A rank's own rows (of o and down: columns) are multiplied where they lie, so they are not in the
+    ring: it holds those of the others, one owner's behind another's.
     """
 
     linear: str
@@ -89,44 +88,38 @@ class RingItem:
         return self.shape[0] * self.shape[1] * itemsize
 
 
-OWN = ("copied", "rows", "all")
-"""What of its own shard a rank uses where it lies: nothing, row shards, column shards too."""
-
-
-def _item(layout: Layout, index: int, linear: str, layer: int, own: str) -> RingItem | None:
+def _item(layout: Layout, index: int, linear: str, layer: int, in_place: bool) -> RingItem | None:
     """A matrix of a layer; None: all of it lies here, and is used there."""
     rows, cols = layout.dims.shape(linear)
     piece = layout.pieces(linear, layer)[index]
-    if own == "copied" or not piece.nbytes:
+    if not in_place or not piece.nbytes:
         return RingItem(linear, layer, (rows, cols))
     if piece.shape == (rows, cols):
         return None
     if piece.cols == (0, cols):
         return RingItem(linear, layer, (rows - piece.shape[0], cols), piece.rows)
-    if own == "rows":
-        return RingItem(linear, layer, (rows, cols))
     return RingItem(linear, layer, (rows, cols - piece.shape[1]), piece.cols, axis=1)
 
 
-def ring_items(layout: Layout, index: int, own: str = "rows") -> list[RingItem]:
+def ring_items(layout: Layout, index: int, in_place: bool = True) -> list[RingItem]:
     """What a step of a rank pulls, in order.
 
     Args:
         index: of the rank in the group.
-        own: one of `OWN`.
+        in_place: its own shard is used where it lies, see `Ring`.
     """
     dims = layout.dims
     items = [
         item
         for layer in range(dims.num_layers)
         for linear in LINEARS
-        if (item := _item(layout, index, linear, layer, own)) is not None
+        if (item := _item(layout, index, linear, layer, in_place)) is not None
     ]
     # No tile of lm_head is larger than the largest matrix.
     row_bytes = dims.hidden_size * dims.itemsize
     most = max((item.nbytes(dims.itemsize) for item in items), default=dims.vocab_size * row_bytes)
     tile = max(1, most // row_bytes)
-    start, stop = (0, 0) if own == "copied" else layout.pieces("lm_head")[index].rows
+    start, stop = layout.pieces("lm_head")[index].rows if in_place else (0, 0)
     for first, last in ((0, start), (stop, dims.vocab_size)):
         for row in range(first, last, tile):
             shape = (min(tile, last - row), dims.hidden_size)
@@ -134,10 +127,10 @@ def ring_items(layout: Layout, index: int, own: str = "rows") -> list[RingItem]:
     return items
 
 
-def default_ring_bytes(layout: Layout, index: int, own: str = "rows") -> int:
+def default_ring_bytes(layout: Layout, index: int, in_place: bool = True) -> int:
     """What is pulled of two layers: while one is used the other lands."""
     layers, tiles = [0] * layout.dims.num_layers, [0]
-    for item in ring_items(layout, index, own):
+    for item in ring_items(layout, index, in_place):
         size = _aligned(item.nbytes(layout.dims.itemsize))
         if item.linear == "lm_head":
             tiles.append(size)
@@ -192,13 +185,11 @@ class Ring:
         arenas: every owner's arena as this rank reads it, all of them filled.
         dtype: of the weights.
         nbytes: of the ring; default `default_ring_bytes`.
-        own: what of this rank's shard is multiplied where it lies (`OWN`); the rest is copied into
-            the ring between what is pulled.
+        in_place: this rank's shard is multiplied where it lies. False, for measurements: it is
+            copied into the ring, between what is pulled.
         streams: side streams that share the copies of an item (GPU).
         rotated: start at the next rank's piece, so that no owner is read by all at once; False is
             for measurements.
-        overlap: hint to the driver that copies should leave the SMs alone (cudaMemcpyBatchAsync);
-            not measured yet.
         poison, delays: for tests, see csrc/runtime/puller.cpp.
 
     Raises:
@@ -213,23 +204,21 @@ class Ring:
         dtype: torch.dtype,
         nbytes: int | None = None,
         *,
-        own: str = "rows",
+        in_place: bool = True,
         streams: int = 2,
         rotated: bool = True,
-        overlap: bool = False,
         poison: bool = False,
         delays: Sequence[int] = (),
     ):
         assert len(arenas) == layout.size
-        assert own in OWN
         dims = layout.dims
         self.layout = layout
         self._arenas = list(arenas)
         self._device = arenas[index].device
-        self._items = ring_items(layout, index, own)
+        self._items = ring_items(layout, index, in_place)
         self.plan = plan_ring(
             [item.nbytes(dims.itemsize) for item in self._items],
-            default_ring_bytes(layout, index, own) if nbytes is None else nbytes,
+            default_ring_bytes(layout, index, in_place) if nbytes is None else nbytes,
         )
         self._arena = torch.empty(self.plan.nbytes, dtype=torch.uint8, device=self._device)
         self._places: dict[tuple[int, str], int] = {}
@@ -269,7 +258,7 @@ class Ring:
         """Matrices of which nothing is pulled."""
         self._head = len(self._places)
         head = layout.pieces("lm_head")[index]
-        self._own_head = mine(head) if own != "copied" and head.nbytes else None
+        self._own_head = mine(head) if in_place and head.nbytes else None
         self._own_head_row = head.rows[0]
         self._next = 0  # the use that comes next
         self._puller = None
@@ -279,7 +268,6 @@ class Ring:
                 places,
                 list(self.plan.gates),
                 streams,
-                overlap,
                 poison,
                 list(delays),
             )

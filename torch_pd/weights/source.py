@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torch_pd.weights.layout import LINEARS
+from torch_pd.weights.layout import LINEARS, Piece
 from torch_pd.weights.pool import WeightPool
 
 
@@ -92,9 +92,7 @@ class Resident:
         if self._index is None:
             return Matrix((matrix,))
         piece = self._layout.pieces(linear, layer)[self._index]
-        return Matrix(
-            _apart(matrix, piece.rows) if piece.cols == (0, matrix.shape[1]) else (matrix,)
-        )
+        return _apart(matrix, piece)
 
     def release(self, layer: int, linear: str) -> None:
         """See `Source`."""
@@ -108,7 +106,14 @@ class Resident:
         yield self._head
 
 
-def _apart(matrix: Tensor, own: tuple[int, int]) -> tuple[Tensor, ...]:
-    """The rows before, in and behind ``own``."""
-    parts = matrix[: own[0]], matrix[own[0] : own[1]], matrix[own[1] :]
-    return tuple(part for part in parts if len(part))
+def _apart(matrix: Tensor, piece: Piece) -> Matrix:
+    """The matrix cut before and behind a rank's piece, each part contiguous but for those of the
+    other ranks' columns, which a ring holds side by side."""
+    axis = int(piece.rows == (0, matrix.shape[0]))
+    start, stop = (piece.rows, piece.cols)[axis]
+    if not piece.nbytes:
+        return Matrix((matrix,))
+    size = matrix.shape[axis] - (stop - start)
+    others = matrix.narrow(axis, 0, start), matrix.narrow(axis, stop, size - start)
+    own = matrix.narrow(axis, start, stop - start).contiguous()
+    return split_around(torch.cat(others, axis), own, start, axis)
