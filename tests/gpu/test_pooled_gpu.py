@@ -42,8 +42,13 @@ def want(folder, work):  # noqa: F811
 def test_tokens_are_those_of_one_engine(folder, work, want, settings):  # noqa: F811
     shared = {"device": "cuda", "data_parallel_size": RANKS, "weights": "pooled"}
     with LLM(folder, **{**shared, **settings, **SETTINGS}) as llm:
+        # Shipped sums are rounded otherwise: greedy tokens stand that here, drawn ones need not.
+        exact = settings.get("remote_mode") == "stream" or "weights" in settings
+        _, params = work
         for _ in range(2):
-            assert tokens_of(llm, work) == want
+            for got, wanted, each in zip(tokens_of(llm, work), want, params, strict=True):
+                assert len(got) == len(wanted)
+                assert got == wanted or (each.temperature > 0 and not exact)
         stats = llm.stats()
         replays = sum(rank["graph_steps"] for rank in stats["ranks"])
         eager = settings.get("enforce_eager") or settings.get("remote_mode") in ("stream", "auto")
