@@ -32,14 +32,14 @@ def shared_arenas(arena: torch.Tensor, key: str, rank: int, size: int) -> list[t
 
 
 def check_streamed(name: str, key: str, rank: int, size: int, **layout) -> None:
-    """Streamed logits are, bit for bit, those of the same matrices kept whole."""
+    """Streamed logits are, bit for bit, those of the same parts kept here."""
     model = patch_model(models.build(name))
     pools = make_pools(model, size, **layout)
     arenas = shared_arenas(pools[rank].arena, f"{key}-{name}-{size}", rank, size)
     sizes = [arena.numel() for arena in arenas]
     assert sizes == [pool.layout.arena_bytes(pool.index) for pool in pools]
     lengths = [[9, 5], [3], [4, 12, 7], [6]][rank]
-    pool_model(model, pools[rank], source=Resident(pools))
+    pool_model(model, pools[rank], source=Resident(pools, rank))
     want = Sequences(model, lengths, seed=rank).logits()
     model = patch_model(models.build(name))
     ring = Ring(pools[0].layout, rank, arenas, pools[0].dtype, poison=True, delays=[0, 20, 100])
