@@ -101,7 +101,9 @@ def test_an_owner_that_is_killed_leaves_its_reader_sound():
                 os.kill(process.pid, signal.SIGKILL)
                 process.join()
             for linear in LINEARS:
-                assert torch.equal(ring.acquire(layer, linear), whole.acquire(layer, linear))
+                got = ring.acquire(layer, linear)
+                assert torch.equal(got.join(), whole.acquire(layer, linear).join())
+                del got
                 ring.release(layer, linear)
     ring.close()
     del ring, arenas
