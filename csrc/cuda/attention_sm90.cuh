@@ -2,8 +2,9 @@
 //
 // A block of three warpgroups stays on its multiprocessor and takes items (128 packed query rows of
 // one KV head) from the list of prefill_plan. The first warpgroup loads: one warp has the copy
-// engine bring K and V, page by page, into swizzled shared memory (a page is the outermost
+// engine bring K, another V, page by page, into swizzled shared memory (a page is the outermost
 // coordinate of a tensor map, so the hardware checks its bounds), the others gather the query rows.
+// One warp for both could not issue the copies of small pages as fast as they are used.
 // The other two compute 64 rows each with wgmma; the scores of the next keys are in flight while
 // this tile's softmax runs. Keys go from the last to the first: only the first tiles need a mask.
 #pragma once
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const uint32_t memory = (ptx::smem_address(shared) + 1023) / 1024 * 1024;
   const Sm90Barriers<Traits> barriers{memory + Traits::kBarriers};
   const int thread = threadIdx.x, lane = thread % 32, group = thread / 128;
-  constexpr int kLoadWarps = 3;  // that gather queries
+  constexpr int kLoadWarps = 2;  // that gather queries
   if (thread == 0) {
     ptx::barrier_init(barriers.q_full(), kLoadWarps * 32);
     ptx::barrier_init(barriers.q_empty(), 8);
@@ -176,19 +177,27 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   Sm90Items items{*p.count * p.a.num_kv_heads};
 
   if (group == 0) {
-    ptx::registers_shrink<40>();
-    if (thread < 32) {
+    ptx::registers_shrink<Traits::kLoadRegisters>();
+    if (thread < 64) {
+      const bool keys = thread < 32;
       Ring ring{0, 1};  // parity 1: the first pass over the ring does not wait
       for (int32_t i; (i = items.next()) >= 0;) {
         const Sm90Work w = read_work<Traits>(p, i);
         const Sm90Loader<Traits> loader{p, w, lane};
+        int32_t page = loader.page_of(w.stop_tile - 1);
         for (int32_t n = w.stop_tile - 1; n >= w.first_tile; --n) {
-          ptx::barrier_wait(barriers.k_empty(ring.stage), ring.parity);
-          loader.load_keys(args.k, memory + Traits::kK + ring.stage * Traits::kTileBytes,
-                           barriers.k_full(ring.stage), n);
-          ptx::barrier_wait(barriers.v_empty(ring.stage), ring.parity);
-          loader.load_values(args.v, memory + Traits::kV + ring.stage * Traits::kTileBytes,
-                             barriers.v_full(ring.stage), n);
+          const int32_t next = loader.page_of(n - 1);  // while the stage is still in use
+          const uint32_t offset = ring.stage * Traits::kTileBytes;
+          if (keys) {
+            ptx::barrier_wait(barriers.k_empty(ring.stage), ring.parity);
+            loader.load_keys(args.k, memory + Traits::kK + offset, barriers.k_full(ring.stage), n,
+                             page);
+          } else {
+            ptx::barrier_wait(barriers.v_empty(ring.stage), ring.parity);
+            loader.load_values(args.v, memory + Traits::kV + offset, barriers.v_full(ring.stage), n,
+                               page);
+          }
+          page = next;
           ring.advance<Traits::kStages>();
         }
       }
@@ -197,7 +206,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       for (int32_t i; (i = items.next()) >= 0;) {
         const Sm90Work w = read_work<Traits>(p, i);
         ptx::barrier_wait(barriers.q_empty(), parity);
-        load_queries<Traits>(p.a, w, memory + Traits::kQ, thread - 32, kLoadWarps * 32);
+        load_queries<Traits>(p.a, w, memory + Traits::kQ, thread - 64, kLoadWarps * 32);
         ptx::cp_async_wait<0>();
         ptx::async_proxy_fence();
         ptx::barrier_arrive(barriers.q_full());
@@ -205,7 +214,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       }
     }
   } else {
-    ptx::registers_grow<232>();
+    ptx::registers_grow<Traits::kRegisters>();
     Sm90Rows<Traits> rows{p.a,
                           lane,
                           thread / 32 % 4,

@@ -30,6 +30,9 @@ struct Sm90Traits {
   static constexpr int kBarriers = kV + kStages * kTileBytes;
   static constexpr int kShared = kBarriers + 8 * (2 + 4 * kStages) + 1024;  // 1024: to align
   static constexpr int kThreads = 384;
+  // Of a loading and of a computing thread: three warpgroups have 168 each.
+  static constexpr int kLoadRegisters = D > 128 ? 40 : 56;
+  static constexpr int kRegisters = (3 * 168 - kLoadRegisters) / 2;
   static constexpr int kCopies = kKeys / kPageKeys * kColumnBlocks;  // of K or V of a tile
   static_assert(kCopies <= 32 && kPageKeys == kTileKeys);
 };
@@ -96,11 +99,14 @@ struct Sm90Loader {
   const Sm90Work& w;
   int lane;
 
+  __device__ __forceinline__ int32_t key_of(int32_t n) const {
+    return n * Traits::kKeys + lane % (Traits::kKeys / kPageKeys) * kPageKeys;
+  }
   // This lane's page of tile `n`: its entry in the block table, or -1.
-  __device__ __forceinline__ int32_t page_of(int32_t n, int32_t* key) const {
-    *key = n * Traits::kKeys + lane % (Traits::kKeys / kPageKeys) * kPageKeys;
-    if (*key >= w.stop_key || *key + kPageKeys <= w.item.q.begin) return -1;
-    const int32_t entry = p.a.tables[w.item.seq * p.a.table_stride + (*key >> p.a.block_shift)];
+  __device__ __forceinline__ int32_t page_of(int32_t n) const {
+    const int32_t key = key_of(n);
+    if (n < w.first_tile || key >= w.stop_key || key + kPageKeys <= w.item.q.begin) return -1;
+    const int32_t entry = p.a.tables[w.item.seq * p.a.table_stride + (key >> p.a.block_shift)];
     if (static_cast<uint32_t>(entry) < static_cast<uint32_t>(p.a.num_pages)) return entry;
     if (lane < Traits::kKeys / kPageKeys && w.head == 0) {
       const bool other = static_cast<uint32_t>(entry) >> kPlaceShift != 0;
@@ -118,22 +124,20 @@ struct Sm90Loader {
                    page >= 0 ? page : p.a.num_pages);
   }
 
+  // Keys of tile `n`, whose pages are `page`.
   __device__ __forceinline__ void load_keys(const CUtensorMap& map, uint32_t tile, uint32_t barrier,
-                                            int32_t n) const {
+                                            int32_t n, int32_t page) const {
     if (lane == 0) ptx::barrier_arrive_expect(barrier, Traits::kTileBytes);
     __syncwarp();
-    int32_t key;
-    if (lane >= Traits::kCopies) return;
-    const int32_t page = page_of(n, &key);
-    copy(map, tile, barrier, key, page);
+    if (lane < Traits::kCopies) copy(map, tile, barrier, key_of(n), page);
   }
 
   // A page of which only some tokens hold values is copied by the lanes instead, zeros for the
   // others: an unused token may hold NaN, which 0 * v would keep.
   __device__ __forceinline__ void load_values(const CUtensorMap& map, uint32_t tile,
-                                              uint32_t barrier, int32_t n) const {
-    int32_t key = 0, page = -1;
-    if (lane < Traits::kCopies) page = page_of(n, &key);
+                                              uint32_t barrier, int32_t n, int32_t page) const {
+    const int32_t key = key_of(n);
+    if (lane >= Traits::kCopies) page = -1;
     const bool partial = page >= 0 && (key + kPageKeys > w.item.q.len || key < w.item.q.begin);
     const uint32_t parts = __ballot_sync(~0u, partial);
     for (uint32_t left = parts & ((1u << (Traits::kKeys / kPageKeys)) - 1); left != 0;
