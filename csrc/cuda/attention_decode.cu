@@ -30,10 +30,10 @@ template <typename T, int D>
 void combine(const Launch& launch, const DecodeArgs& d, int max_tokens) {
   constexpr int kShared = kCombineWarps * (D * 4 + 8), kBatch = D > 128 ? 2 : 3;
   prefer_shared_once<&decode_combine<T, D, kBatch>>(launch);
-  // About two rows a warp, if every cut is one of another sequence.
-  const int64_t rows = static_cast<int64_t>(max_tokens) * d.a.num_heads;
-  const int64_t all = rows * std::min(d.a.num_seqs, d.max_slices - 1);
-  const int64_t each = int64_t{2} * kCombineWarps * (d.max_slices - 1);
+  // About one batch of partial results a warp.
+  const int64_t rows = static_cast<int64_t>(max_tokens) * d.a.num_heads, cuts = d.max_slices - 1;
+  const int64_t all = rows * (std::min<int64_t>(d.a.num_seqs, cuts) + cuts);
+  const int64_t each = int64_t{kBatch} * kCombineWarps * cuts;
   const auto blocks = static_cast<unsigned>((all + each - 1) / each);
   launch_early(launch, decode_combine<T, D, kBatch>, dim3(d.max_slices - 1, blocks),
                kCombineWarps * 32, kShared, d);
@@ -50,9 +50,9 @@ void decode(const AttentionCall& call, int max_rows) {
   const int64_t room = static_cast<int64_t>(launch.info.num_sms) * Traits::kBlocks;
   const int64_t most_keys = static_cast<int64_t>(a.max_pages) << a.block_shift;
   const int64_t most_steps = a.num_seqs * ((most_keys + Traits::kKeys - 1) / Traits::kKeys + 1);
-  d.max_slices = Deal(most_steps, static_cast<int32_t>(std::max<int64_t>(1, room / parts)),
-                      Traits::kLeastSteps)
-                     .slices;
+  // Batches are often multiples of eight sequences of like lengths, which so many slices cut least.
+  const auto most = static_cast<int32_t>(std::max<int64_t>(1, room / parts));
+  d.max_slices = Deal(most_steps, most >= 32 ? most / 8 * 8 : most, Traits::kLeastSteps).slices;
   TPD_CHECK(launch.op, (a.num_seqs + 33) * 4 <= Traits::kShared,
             "too many sequences in one call: ", a.num_seqs);
 
