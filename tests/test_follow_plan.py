@@ -25,7 +25,10 @@ def world(monkeypatch):
         properties = SimpleNamespace(total_memory=gib * GIB)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         return SimpleNamespace(
-            size=4, device=torch.device("cuda", 0), all_gather=lambda value: [value] * 4
+            size=4,
+            device=torch.device("cuda", 0),
+            all_gather=lambda value: [value] * 4,
+            unlinked=(),
         )
 
     return pretend
@@ -38,12 +41,20 @@ def folder(tmp_path, **config):
 
 @pytest.mark.parametrize(
     ("shape", "layers", "gib", "weights"),
-    [(LARGE, 64, 60, "pooled"), (LARGE, 64, 80, "resident"), (SMALL, 28, 80, "resident")],
+    [(LARGE, 64, 60, "pooled"), (LARGE, 64, 80, "pooled"), (SMALL, 28, 80, "resident")],
 )
-def test_shared_where_copies_do_not_fit(tmp_path, world, shape, layers, gib, weights):
+def test_shared_where_the_plan_says_so(tmp_path, world, shape, layers, gib, weights):
     path = folder(tmp_path, **QWEN3, **shape, num_hidden_layers=layers)
     config = EngineConfig(load_format="dummy")
     assert follow_plan(path, config, world(gib)).weights == weights
+
+
+@pytest.mark.parametrize(("gib", "weights"), [(60, "pooled"), (80, "resident")])
+def test_without_links_only_what_does_not_fit_is_shared(tmp_path, world, gib, weights):
+    path = folder(tmp_path, **QWEN3, **LARGE, num_hidden_layers=64)
+    pretended = world(gib)
+    pretended.unlinked = (1,)
+    assert follow_plan(path, EngineConfig(load_format="dummy"), pretended).weights == weights
 
 
 def test_what_fits_in_no_way_is_refused_later(tmp_path, world, caplog):

@@ -11,7 +11,7 @@ from reference import relative_error
 
 from torch_pd import patch_model
 from torch_pd.nn.patch import describe, forward_packed, new_pool, patch_state, unpatch_model
-from torch_pd.nn.pooled import pool_model
+from torch_pd.nn.pooled import new_logits, pool_model
 from torch_pd.nn.probe import batch_of
 from torch_pd.weights.layout import ModelDims, make_layout
 from torch_pd.weights.pool import WeightPool
@@ -97,8 +97,13 @@ class Sequences:
         generator = torch.Generator().manual_seed(seed)
         self.ids = [torch.randint(0, models.VOCAB, (n,), generator=generator) for n in lengths]
 
-    def logits(self, before=lambda tokens, selected: None) -> list[torch.Tensor]:
-        """All sequences: a pass over all tokens but two each, then two of one token each."""
+    def logits(
+        self, before=lambda tokens, selected: None, memory: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """All sequences: a pass over all tokens but two each, then two of one token each.
+
+        ``memory`` is of `new_logits`, if any.
+        """
         device = self.model.lm_head.weight.device
         pool = new_pool(self.model, 1 + len(self.lengths), 16)
         found = []
@@ -112,7 +117,8 @@ class Sequences:
             select = batch.query_start[1:].long() - 1
             before(len(ids), len(select))
             ids, positions = ids.to(device), positions.to(device)
-            found.append(forward_packed(self.model, pool, batch, ids, positions, select).cpu())
+            logits = forward_packed(self.model, pool, batch, ids, positions, select, memory)
+            found.append(logits.cpu().clone())
             starts = ends
         return found
 
@@ -196,7 +202,12 @@ def check_model(
         running.head_rows = [len(each) for each in every]
         assert running.rows[rank] == tokens
 
-    got = Sequences(model, lengths, seed=rank).logits(before)
+    memory = new_logits(model, len(lengths))
+    if memory is not None:
+        memory.fill_(float("nan"))
+    got = Sequences(model, lengths, seed=rank).logits(before, memory)
+    if name == "llama" and size > 1 and len(lengths) > 1 and not layout:
+        assert torch.equal(memory.cpu(), got[-1])
     running.mode = "resident"
     resident = Sequences(model, lengths, seed=rank).logits()
     for a, b, c in zip(want, got, resident, strict=True):

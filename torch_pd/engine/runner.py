@@ -27,7 +27,8 @@ from torch_pd.engine.stage import Stage
 from torch_pd.engine.staging import Staging
 from torch_pd.engine.tickets import Ticket, Tickets
 from torch_pd.kv.cache import KVPool
-from torch_pd.nn.patch import forward_packed, new_logits, patch_state
+from torch_pd.nn.patch import forward_packed, patch_state
+from torch_pd.nn.pooled import new_logits
 from torch_pd.sizing import staging_bytes
 
 logger = logging.getLogger(__name__)

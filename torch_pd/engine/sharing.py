@@ -100,10 +100,9 @@ def _meet(world: World, replicas: int) -> tuple[dist.ProcessGroup, Board]:
 def follow_plan(model: Any, config: EngineConfig, world: World) -> EngineConfig:
     """The config with ``weights`` settled for these GPUs. Collective.
 
-    Weights are shared where copies on every GPU do not fit and the plan says that shared ones do;
-    where both fit, the log says what the plan would take, and copies are made: sharing has not run
-    from end to end on GPUs yet, so it is not chosen unasked. A model that cannot be shared gets
-    copies too, and what does not fit is refused where memory is laid out.
+    The plan is for the planner's usual prompts and outputs. It presumes GPUs that read each other
+    directly: without such links weights are shared only where copies do not fit. A model that
+    cannot be shared gets copies too, and what does not fit is refused where memory is laid out.
     """
     if world.device.type != "cuda" or world.size == 1 or not isinstance(model, (str, Path)):
         return config
@@ -119,7 +118,10 @@ def follow_plan(model: Any, config: EngineConfig, world: World) -> EngineConfig:
         logger.warning("%s", error)
         return copies
     logger.info("the plan is weights=%r: %s", plan.weights, plan.reason)
-    if plan.weights == "resident" or plan.modes["replicate"].run is not None:
+    if plan.weights == "resident":
+        return copies
+    if plan.modes["replicate"].run is not None and any(world.all_gather(bool(world.unlinked))):
+        logger.warning("every GPU gets all weights: not all GPUs read each other directly")
         return copies
     try:
         fused_blocks(patch_model(build_skeleton(read_config(path), resolve_dtype(None, "auto"))))

@@ -3,7 +3,7 @@
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from torch_pd import ops
+from torch_pd.nn import patch
 from torch_pd.nn.attention import Pass
 from torch_pd.nn.block import FusedAttention, FusedBlock, FusedMLP
 from torch_pd.nn.linear import linear, linear_in_parts
@@ -169,11 +170,14 @@ class PooledHead:
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``x [S, hidden]``; returns logits ``[S, vocabulary]``."""
-        exchange = self.shared.shipping()
+        """``x [S, hidden]``; returns logits ``[S, vocabulary]``, in `Pass.logits` if that is given
+        and they have to be put together."""
+        exchange, out = self.shared.shipping(), self.shared.running.logits
+        if out is not None:
+            out = out[: x.shape[0]]
         if exchange is None:
             tiles = [linear(x, tile) for tile in self.shared.alone().head_tiles()]
-            logits = tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)
+            logits = tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1, out=out)
         else:
             rows = self.shared.running.head_rows
             part = exchange.gather(x, rows, self.vocab)
@@ -183,8 +187,22 @@ class PooledHead:
                 else part.new_empty(sum(rows), 0)
             )
             packed = exchange.to_tokens(part, rows, self.vocab)
-            logits = unpack(packed, x.shape[0], self.vocab)
+            logits = unpack(packed, x.shape[0], self.vocab, out)
         return logits if self.bias is None else logits + self.bias
+
+
+def new_logits(model: nn.Module, rows: int) -> Tensor | None:
+    """Memory for the logits of passes that may share it, None if the model's head is not one that
+    can write there."""
+    shared = shared_of(model)
+    if shared is None:
+        return patch.new_logits(model, rows)
+    head: Any = cast(PreTrainedModel, model).get_output_embeddings()
+    if head.bias is not None:
+        return None
+    weights = shared.weights
+    vocab = weights.layout.dims.vocab_size
+    return torch.empty((rows, vocab), dtype=weights.dtype, device=weights.device)
 
 
 def shared_of(model: nn.Module) -> Shared | None:

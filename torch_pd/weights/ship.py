@@ -167,11 +167,17 @@ class Exchange:
         return received
 
 
-def unpack(packed: Tensor, num_rows: int, widths: Sequence[int]) -> Tensor:
-    """``[num_rows, sum(widths)]`` of blocks ``[num_rows, width]`` that lie one after another."""
+def unpack(
+    packed: Tensor, num_rows: int, widths: Sequence[int], out: Tensor | None = None
+) -> Tensor:
+    """``[num_rows, sum(widths)]`` of blocks ``[num_rows, width]`` that lie one after another.
+
+    ``out`` takes the result unless ``packed`` already is it.
+    """
     if num_rows == 1 or max(widths) == sum(widths):
         return packed.view(num_rows, sum(widths))
-    out = packed.new_empty(num_rows, sum(widths))
+    if out is None:
+        out = packed.new_empty(num_rows, sum(widths))
     ops.unpack_shards(packed, out, widths)
     return out
 
