@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../params.h"
+#include "ptx.cuh"
 #include "vec.cuh"
 
 namespace torch_pd {
@@ -93,7 +94,8 @@ __device__ __forceinline__ float byte_scale(float amax, bool int8) {
 }
 
 // x / scale, correctly rounded, without a division per value: Markstein's correction of a product
-// with the inverse. A power of two keeps all steps away from overflow and underflow.
+// with the inverse, of x * shift: a power of two that keeps all steps away from overflow and
+// underflow, nearly always 1. The remainder is taken negative, so that a zero keeps its sign.
 struct Quotient {
   float shift, divisor, inverse;
   __device__ __forceinline__ explicit Quotient(float scale) {
@@ -102,9 +104,9 @@ struct Quotient {
     divisor = infinite ? 0.0f : scale * shift;
     inverse = infinite ? 0.0f : 1.0f / divisor;
   }
-  __device__ __forceinline__ float operator()(float x) const {
-    const float a = x * shift, q = a * inverse;
-    return copysignf(fmaf(fmaf(-q, divisor, a), inverse, q), x);
+  __device__ __forceinline__ float operator()(float shifted) const {
+    const float q = shifted * inverse;
+    return fmaf(-fmaf(q, divisor, -shifted), inverse, q);
   }
 };
 
@@ -114,7 +116,13 @@ __device__ __forceinline__ void store_bytes(uint8_t* to, const float (&x)[N],
                                             const Quotient& quotient, bool int8) {
   float q[N];
 #pragma unroll
-  for (int e = 0; e < N; ++e) q[e] = quotient(x[e]);
+  for (int e = 0; e < N; ++e) q[e] = x[e];
+  if (quotient.shift != 1.0f) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) q[e] *= quotient.shift;
+  }
+#pragma unroll
+  for (int e = 0; e < N; ++e) q[e] = quotient(q[e]);
   if (int8) {
     store_vec(reinterpret_cast<int8_t*>(to), narrow<int8_t, N>(q));
   } else {
@@ -138,6 +146,17 @@ struct Heads {
 
 // A warp moves a token: each lane holds kHeld accesses of its K or V, first, first + 32 and so on.
 constexpr int kHeld = 4;
+
+// Brings a token's K or V to the L2 cache. Lanes 0 to 31 of a warp call it together.
+template <int VEC, typename T>
+__device__ __forceinline__ void prefetch_heads(const Heads<VEC>& heads, const T* from,
+                                               int64_t stride) {
+  constexpr int kLine = 128 / (sizeof(T) * VEC);  // accesses
+  const int64_t gap = heads.gap(stride);
+  for (int i = static_cast<int>(threadIdx.x % 32) * kLine; i < heads.count; i += 32 * kLine) {
+    ptx::prefetch_l2(from + i * VEC + heads.head(i) * gap);
+  }
+}
 
 template <int VEC, typename T>
 __device__ __forceinline__ void read_heads(const Heads<VEC>& heads, const T* from, int64_t stride,

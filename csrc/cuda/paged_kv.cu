@@ -9,15 +9,17 @@ namespace torch_pd {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kMostBlocks = 12;  // of gather_kernel on a multiprocessor
 
 // Largest s in [0, num_seqs) with start[s] <= token; each round a warp probes 32 places. Any values
-// of `start` end in that range.
+// of `start` end in that range. PAST_L1: read from the L2 cache.
+template <bool PAST_L1 = false>
 __device__ __forceinline__ int find_sequence(const int32_t* start, int num_seqs, int64_t token) {
   int low = 0, high = num_seqs;
   while (high - low > 1) {
     const int step = (high - low + 31) / 32;
     const int probe = low + (static_cast<int>(threadIdx.x % 32) + 1) * step;
-    const bool below = probe < high && start[probe] <= token;
+    const bool below = probe < high && (PAST_L1 ? __ldcg(start + probe) : start[probe]) <= token;
     low += step * __popc(__ballot_sync(0xffffffffu, below));
     high = min(high, low + step);
   }
@@ -44,8 +46,38 @@ struct GatherArgs {
   const int32_t* kv_start;
   int64_t num_tokens, num_pages;
   int block_shift;
+  int early_blocks;  // that may be in place before the kernels before have ended
   int32_t* flag;
 };
+
+// Brings what the block's first warp will find for its tokens to the L2 cache, while the kernels
+// before may still be writing the tables: whatever they hold, only lines of this pool are fetched.
+// Its loads pass by the L1 cache, which would keep what is not final yet; so many warps at the few
+// lines of starts and lengths would queue in one place of L2, hence one warp and the first blocks.
+template <typename Src, int VEC>
+__device__ __forceinline__ void prefetch_tokens(const GatherArgs<VEC>& a, int first, int count) {
+  const int num_seqs = static_cast<int>(a.tables.num_seqs);
+  if (num_seqs == 0) return;
+  const int seq = find_sequence<true>(a.kv_start, num_seqs, first);
+  const int start = __ldcg(a.kv_start + seq);
+  for (int token = first; token < first + count && token < a.num_tokens; ++token) {
+    const int64_t position = int64_t{token} - start, row = position >> a.block_shift;
+    if (position < 0 || row >= a.tables.max_pages) continue;
+    const int32_t page = __ldcg(a.tables.block_tables + seq * a.tables.table_stride + row);
+    if (page < 0 || page >= a.num_pages) continue;  // or in another place
+    const int offset = static_cast<int>(position) & ((1 << a.block_shift) - 1);
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const Side<VEC>& side = a.sides[s];
+      prefetch_heads(side.heads,
+                     static_cast<const Src*>(side.from) + page * side.page + offset * side.token,
+                     side.head);
+      if (side.scales != nullptr) {
+        ptx::prefetch_l2(side.scales + page * side.scale_page + offset * side.scale_token);
+      }
+    }
+  }
+}
 
 // The scales of what read_heads got, from those [Hkv] of a token.
 template <int VEC>
@@ -83,15 +115,16 @@ __device__ __forceinline__ void put_heads(const Heads<VEC>& heads, Dst* to, int6
 }
 
 // A warp takes K or V of one token: few registers, so that many find their token while others copy.
-// Src is a byte (converted to Dst) or one word type on both sides. Nothing is prefetched:
-// prefetches pass by the L1 cache, and those of all warps for the few lines of starts and lengths
-// would queue in one place of L2.
+// Src is a byte (converted to Dst) or one word type on both sides.
 template <typename Src, typename Dst, int VEC>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<Src, Dst> ? 12 : 10)
+__global__ void __launch_bounds__(kThreads, std::is_same_v<Src, Dst> ? kMostBlocks : 10)
     gather_kernel(const __grid_constant__ GatherArgs<VEC> a) {
   const int lane = threadIdx.x % 32, num_seqs = static_cast<int>(a.tables.num_seqs);
   const int warp = static_cast<int>(blockIdx.x * (kThreads / 32) + threadIdx.x / 32);
   const int token = warp / 2, which = warp % 2;
+  if (threadIdx.x < 32 && blockIdx.x < a.early_blocks) {
+    prefetch_tokens<Src>(a, token, kThreads / 64);
+  }
   after_previous();
   if (token >= a.num_tokens) return;
   const bool reports = lane == 0 && which == 0;
@@ -198,6 +231,7 @@ void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block
         p.num_tokens,
         c.num_pages,
         block_shift(c.block_size),
+        launch.info.num_sms * kMostBlocks,
         error_flag(op, launch.device)};
     TPD_CHECK(op, p.num_tokens < int64_t{1} << 30, p.num_tokens, " tokens, at most 2^30 - 1");
     start_overlapped(launch, kernel, ceil_div(2 * p.num_tokens, kThreads / 32), kThreads, a);

@@ -74,15 +74,17 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t token = heads.div(item);
   const int index = static_cast<int>(item - heads.div(item) * heads.divisor);
   const bool active = token < a.num_tokens;
-  after_previous();
   const KVCache& c = a.cache;
   const int kv_heads = static_cast<int>(c.num_kv_heads);
   const bool is_k = index < kv_heads;
   const int head = is_k ? index : index - kv_heads;
   const int dim = static_cast<int>(is_k ? c.k_dim : c.v_dim);
-  const int64_t place = active ? a.slots[token] : -1;
   const T* from = is_k ? static_cast<const T*>(a.k) + token * a.rows.k_token + head * a.rows.k_head
                        : static_cast<const T*>(a.v) + token * a.rows.v_token + head * a.rows.v_head;
+  constexpr int kLine = 128 / sizeof(T);
+  if (active && lane * kLine < dim) ptx::prefetch_l2(from + lane * kLine);
+  after_previous();
+  const int64_t place = active ? a.slots[token] : -1;
   Vec<T, kByteVec> in[kByteHeld];
 #pragma unroll
   for (int i = 0; i < kByteHeld; ++i) {
