@@ -1,6 +1,6 @@
 """The engine over KV tiers: swap, shared prefixes, a sequence larger than the GPU pool.
 
-    python bench/tiers.py [--only swap,prefix,long] [--small] [--layers N] [--folder /tmp]
+    python bench/tiers.py [--only swap,swap1k,prefix,long] [--small] [--layers N] [--folder /tmp]
                           [--json FILE]
 
 Qwen3-8B shape (--layers cuts it), random weights, bfloat16, random tokens, greedy. --small takes
@@ -216,7 +216,7 @@ def bench_long(bench: Bench) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="swap,prefix,long")
+    parser.add_argument("--only", default="swap,swap1k,prefix,long")
     parser.add_argument("--small", action="store_true", help="SmolLM2-135M's shape, less work")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--questions", type=int, default=16)
@@ -231,8 +231,8 @@ def main() -> None:
     for part in args.only.split(","):
         if part == "swap":
             bench_swap(bench, 96, 256, 384)
-            if not args.small:
-                bench_swap(bench, 64, 1024, 256)
+        elif part == "swap1k":
+            bench_swap(bench, 64, 1024, 256)
         elif part == "prefix":
             bench_prefix(bench, args.folder, args.questions)
         elif part == "long":

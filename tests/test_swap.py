@@ -111,7 +111,7 @@ class TieredMachine(RuleBasedStateMachine):
             tiers.queue.done = list(self.model.done)
             while self.model.jobs:
                 self.model.end(self.model.jobs.pop())
-        if not tiers._held_up and not tiers._writing:
+        if not tiers.archive.busy:
             assert tiers.host.num_used == 0
 
 
@@ -167,6 +167,54 @@ def test_a_sequence_larger_than_the_gpu_pool(tokens):
     assert in_place > staged > 0
     assert len(long.token_ids) == 48
     scheduler.check()
+
+
+@pytest.mark.parametrize("faults", [0.0, 0.2])
+@pytest.mark.parametrize("caching", [False, True])
+def test_swapped_sequences_go_on_to_disk(caching, faults):
+    """The host pool is too small for all that give way: without a disk some are computed again."""
+    computed = []
+    for records in (0, 60):
+        scheduler = make_tiered(
+            16, 10, records, block_size=2, seqs=8, tokens=32, length=40, caching=caching
+        )
+        model = TieredModel(scheduler, random.Random(3), faults)
+        seqs = [model.add([100 * i, 7], 24) for i in range(8)]
+        count = 0
+        while scheduler.has_unfinished:
+            count += model.step().num_tokens
+        for seq in seqs:
+            model.verify(seq)
+        computed.append(count)
+        archive = scheduler.tiers.archive
+        assert (archive.num_spilled > 0) is (records > 0)
+        assert not scheduler.swapper.away
+        scheduler.check()
+    assert archive.num_read > 0
+    if not faults:
+        assert computed[1] < computed[0]
+
+
+def test_look_ahead_weighs_the_disk_against_computing():
+    """A slow disk is asked only for what comes in time."""
+    found = {}
+    for page_seconds in (0.0, 6.0, 1e9):
+        costs = SwapCosts(token_seconds=1.0)
+        scheduler = make_tiered(
+            8, 20, 60, block_size=2, seqs=2, tokens=64, length=60, caching=True, costs=costs
+        )
+        scheduler.tiers.archive.page_seconds = page_seconds
+        model = TieredModel(scheduler, random.Random(2))
+        prefixes = [[100 * i + j for j in range(10)] for i in range(8)]
+        for question in range(2):
+            seqs = [model.add([*prefix, 1000 + question, 7], 2) for prefix in prefixes]
+            model.drain()
+            for seq in seqs:
+                model.verify(seq)
+            for _ in range(40):
+                model.step()
+        found[page_seconds] = scheduler.tiers.archive.num_read
+    assert found[0.0] > found[6.0] > found[1e9] == 0
 
 
 def test_all_tiers_full_still_fails_with_arithmetic():

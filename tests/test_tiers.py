@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torch_pd.kv.archive import DISK_ERRORS, LOST, RECORD
 from torch_pd.kv.moves import HOST_BITS
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.kv.records import RecordIndex
-from torch_pd.kv.tiers import DISK_ERRORS, Tiers
+from torch_pd.kv.tiers import Tiers
 
 GPU, HOST, RECORDS = 7, 6, 4
 
@@ -35,7 +36,7 @@ class World:
         tiers = self.tiers
         batches, waits = tiers.queue.take()
         self.batches += batches
-        tiers.end_step()
+        tiers.archive.end_step()
         if execute or any(waits):
             for moves in self.batches:
                 for source, target in moves.pairs:
@@ -53,9 +54,9 @@ class World:
                     self.pools[False][job.host_page] = (
                         self.pools[False][job.host_page] if job.write else "torn"
                     )
-                tiers.ended(job, fault)
-        self.jobs += tiers.jobs
-        tiers.jobs.clear()
+                tiers.archive.ended(job, fault)
+        self.jobs += tiers.archive.jobs
+        tiers.archive.jobs.clear()
 
     def check(self):
         held = [entries for entries, _ in self.running.values()]
@@ -65,6 +66,12 @@ class World:
                 for entry, content in zip(entries, contents, strict=True):
                     pool = self.pools[entry < HOST_BITS]
                     assert pool[entry & (HOST_BITS - 1)] == content
+            for saved, contents in self.swapped.values():
+                for entry, content in zip(saved, contents, strict=True):
+                    if LOST < entry < HOST_BITS:
+                        assert self.pools[False][entry] == content
+                    elif RECORD <= entry < 2 * RECORD:
+                        assert self.records[entry - RECORD] == content
 
     def start(self, name, full, part):
         """A sequence of ``full`` full pages of a chain and, with ``part``, one of its own."""
@@ -100,6 +107,7 @@ class World:
 actions = st.one_of(
     st.tuples(st.just("start"), st.integers(0, 8), st.integers(0, 4), st.integers(0, 1)),
     st.tuples(st.sampled_from(["end", "out", "back", "drop", "leave"]), st.integers(0, 9)),
+    st.tuples(st.sampled_from(["spill", "spill", "recall"]), st.integers(0, 9)),
     st.tuples(st.just("step"), st.booleans(), st.sampled_from([None, None, "fault"])),
     st.tuples(st.just("clean"), st.integers(1, 4)),
     st.tuples(st.just("write"), st.integers(1, 6)),
@@ -137,7 +145,8 @@ def test_contents_survive_all_tiers(script):
                 left = values[0] % 2 if len(saved) > 1 else 0
                 found = world.gpu.peek(digests[left:])
                 revived = sum(world.gpu.refcount(page) == 0 for page in found)
-                if len(saved) - left - len(found) + revived <= world.gpu.num_free:
+                room = world.gpu.num_free - revived + len(found) + left
+                if len(saved) <= room and LOST not in saved and tiers.archive.recall(saved):
                     del world.swapped[key]
                     entries = tiers.swap_in(saved, digests, len(saved), left)
                     tiers.read_in_place(entries)
@@ -146,7 +155,13 @@ def test_contents_survive_all_tiers(script):
         elif kind == "drop":
             key = world.pick(world.swapped, values[0])
             if key:
-                tiers.host.free(world.swapped.pop(key)[0])
+                tiers.archive.release(world.swapped.pop(key)[0])
+        elif kind in ("spill", "recall"):
+            key = world.pick(world.swapped, values[0])
+            if key and kind == "spill":
+                tiers.archive.spill(world.swapped[key][0], world.full(world.swapped[key][1]))
+            elif key:
+                tiers.archive.recall(world.swapped[key][0])
         elif kind == "leave":
             key = world.pick(world.running, values[0])
             if key:
@@ -163,9 +178,9 @@ def test_contents_survive_all_tiers(script):
         elif kind == "clean":
             tiers.clean(*values)
         elif kind == "write":
-            tiers.write_ahead(*values)
+            tiers.archive.write_ahead(*values)
         elif kind == "fetch":
-            tiers.fetch(digest(*values))
+            tiers.archive.fetch(tiers.on_disk(digest(*values))[1])
         world.check()
     world.step(True)
     world.check()
@@ -205,32 +220,32 @@ def test_disk_round_trip_and_faults():
     tiers.clean(6)
     world.step(True)
     for _ in range(3):  # a quarter of the host pool may be on its way
-        tiers.write_ahead(5)
+        tiers.archive.write_ahead(5)
         world.step(True)
         world.step(True)
-    assert tiers.disk_written == 3
+    assert tiers.archive.num_written == 3
     # Everything above the disk is forgotten.
     tiers.gpu.free(tiers.gpu.allocate(6))
     tiers.host.free(tiers.host.allocate(5))
     world.step(True)
     assert tiers.find(digest(0, 3)) == ([], [])
-    tiers.fetch(digest(0, 3))
-    assert tiers.is_fetching(digest(0, 3))
+    tiers.archive.fetch(tiers.on_disk(digest(0, 3))[1])
+    assert tiers.archive.is_fetching(digest(0, 3))
     for _ in range(4):
         world.step(True)
-    assert tiers.disk_read == 3
+    assert tiers.archive.num_read == 3
     world.start(0, 3, 0)
     tiers.free(world.running.pop(world.pick(world.running, 0))[0])
     tiers.gpu.free(tiers.gpu.allocate(6))
     tiers.host.free(tiers.host.allocate(5))
-    tiers.fetch(digest(0, 3))
+    tiers.archive.fetch(tiers.on_disk(digest(0, 3))[1])
     for _ in range(4):
         world.step(True, "it broke")
-    assert tiers.disk_errors == 3
+    assert tiers.archive.num_errors == 3
     assert tiers.find(digest(0, 3)) == ([], [])
-    assert not tiers.is_fetching(digest(0, 3))
-    tiers.disk_errors = DISK_ERRORS
-    assert not tiers.uses_disk
+    assert not tiers.archive.is_fetching(digest(0, 3))
+    tiers.archive.num_errors = DISK_ERRORS
+    assert not tiers.archive.works
     world.check()
 
 
@@ -256,7 +271,13 @@ def test_record_index():
     index.pin(b"a")
     assert index.allocate() == b  # a is being read
     assert b"b" not in index
+    assert index.allocate() is None
+    index.drop(b"a")
+    assert b"a" in index  # another reader has it
     index.unpin(b"a")
+    index.hold(b)
+    index.check(0)
+    assert (index.num_held, len(index)) == (1, 1)
     index.give_back(b)
     index.check(0)
     index.drop(b"a")

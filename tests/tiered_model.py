@@ -78,7 +78,7 @@ class TieredModel(FakeModel):
             self.records[job.record] = None if fails else list(self.pages[page])
         else:
             self.pages[page] = ["torn"] if fails else list(self.records[job.record])
-        self.scheduler.tiers.ended(job, "it broke" if fails else None)
+        self.scheduler.tiers.archive.ended(job, "it broke" if fails else None)
 
     # Steps.
 
@@ -92,7 +92,7 @@ class TieredModel(FakeModel):
             self.waiting[moves.out].append(moves)
         if not plan.seqs and not plan.failed and s.has_unfinished and not self.under_way:
             # Only the disk may hold everything up.
-            assert s.tiers.disk_busy, "no work although some is left"
+            assert s.tiers.archive.busy, "no work although some is left"
             self.until([m.ticket for m in ()])
             for out in (False, True):
                 while self.ready(out):

@@ -9,6 +9,7 @@
 
 #include <bit>
 #include <cerrno>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -30,6 +31,8 @@ namespace py = pybind11;
 namespace torch_pd {
 
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 constexpr size_t kAlign = 4096;  // of offsets, sizes and addresses under O_DIRECT
 constexpr int kShort = -1;       // the file ended inside the record
@@ -121,6 +124,14 @@ class DiskFile {
     return std::exchange(results_, {});
   }
 
+  // How many transfers have ended, and the seconds in which any was under way.
+  std::pair<int64_t, double> done() {
+    const std::lock_guard lock(mutex_);
+    Clock::duration busy = busy_;
+    if (active_ > 0) busy += Clock::now() - busy_since_;
+    return {done_, std::chrono::duration<double>(busy).count()};
+  }
+
   void close_file() {
     {
       const std::lock_guard lock(mutex_);
@@ -180,9 +191,12 @@ class DiskFile {
       auto& queue = queues_[queues_[0].empty()];
       const Job job = queue.front();
       queue.pop_front();
+      if (active_++ == 0) busy_since_ = Clock::now();
       lock.unlock();
       const int error = job.write ? write(job, staging) : read(job, staging);
       lock.lock();
+      ++done_;
+      if (--active_ == 0) busy_ += Clock::now() - busy_since_;
       results_.emplace_back(job.ticket, error);
       ended_.notify_all();
     }
@@ -229,7 +243,10 @@ class DiskFile {
   std::condition_variable changed_, ended_;
   std::deque<Job> queues_[2];  // reads, writes
   std::vector<std::pair<int64_t, int>> results_;
-  int64_t tickets_ = 0;
+  int64_t tickets_ = 0, done_ = 0;
+  int active_ = 0;
+  Clock::time_point busy_since_{};
+  Clock::duration busy_{0};
   size_t pending_ = 0;
   std::vector<std::unique_ptr<char, Free>> staging_;
   std::vector<std::thread> workers_;
@@ -247,6 +264,7 @@ void bind_disk_file(py::module_& m) {
       .def_property_readonly("direct", &DiskFile::direct)
       .def_property_readonly("reserved", &DiskFile::reserved)
       .def_property_readonly("fd", &DiskFile::fd)
+      .def_property_readonly("done", &DiskFile::done)
       .def("start", &DiskFile::start, py::arg("write"), py::arg("record"), py::arg("address"))
       .def("poll", &DiskFile::poll, py::arg("wait") = false,
            py::call_guard<py::gil_scoped_release>())

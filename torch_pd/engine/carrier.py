@@ -65,6 +65,7 @@ class Carrier:
         self.tiers.queue.done = self.migrator.done()
         if self.disk is not None and self.disk.num_pending:
             self._report(self.disk, wait=False)
+            self.tiers.archive.page_seconds = self.disk.page_seconds
 
     def carry(self, plan: Plan) -> None:
         """Starts a plan's moves and jobs, before its step is launched on the current stream."""
@@ -83,11 +84,12 @@ class Carrier:
 
     def _report(self, disk: DiskTier, wait: bool) -> None:
         for job, error in disk.poll(wait):
-            self.tiers.ended(job, error)
+            self.tiers.archive.ended(job, error)
 
     def stats(self) -> dict[str, Any]:
         """Pages and bytes of the tiers."""
         tiers, size = self.tiers, self.page_bytes
+        archive = tiers.archive
         moved_in, moved_out = tiers.queue.num_moved
         return {
             "host_kv_pages": tiers.host.num_usable,
@@ -97,11 +99,12 @@ class Carrier:
             "prefix_pages_dropped": tiers.num_dropped,
             "moved_in_bytes": moved_in * size,
             "moved_out_bytes": moved_out * size,
-            "disk_kv_pages": tiers.disk.num_records,
-            "disk_kv_pages_cached": len(tiers.disk),
-            "disk_read_bytes": tiers.disk_read * size,
-            "disk_written_bytes": tiers.disk_written * size,
-            "disk_errors": tiers.disk_errors,
+            "disk_kv_pages": archive.records.num_records,
+            "disk_kv_pages_cached": len(archive.records),
+            "disk_read_bytes": archive.num_read * size,
+            "disk_written_bytes": archive.num_written * size,
+            "disk_errors": archive.num_errors,
+            "swapped_bytes_on_disk": archive.num_spilled * size,
         }
 
     def close(self) -> None:

@@ -26,7 +26,9 @@ Integers only, no torch. The whole policy:
    cheaper than computing it again, some steps ahead of need, and comes back in its place. A
    sequence whose pages have to be moved in holds them at once but runs when they have come
    (``arriving``); only if there is nothing else to do does the step wait for them. One that is
-   larger than the pool leaves its oldest pages on the host.
+   larger than the pool leaves its oldest pages on the host. While the host pool is nearly full,
+   those that come back last go on to disk. What the disk has of the prefixes of waiting sequences
+   is read if it comes by the time at which it would be computed.
 """
 
 from collections import Counter, deque
@@ -48,6 +50,8 @@ from torch_pd.kv.tiers import Tiers
 
 STEPS_AHEAD = 4
 """Decoding steps for which pages are kept free by swapping."""
+LOOK_AHEAD = 16
+"""Waiting sequences for which the disk is read."""
 
 
 class Scheduler:
@@ -235,6 +239,7 @@ class Scheduler:
         assert len(self._flying) < 2, "update() the oldest plan first"
         self._note_arrivals()
         early = self._make_room()
+        self._look_ahead()
         plan = self._plan(admit=not early)
         plan.preempted[:0] = early
         if not plan.seqs and self._arriving and not self._flying:
@@ -456,10 +461,9 @@ class Scheduler:
             if self.allocator.num_free >= wanted or seq.num_left == first:
                 break
             # The host pool is full: the newest one swapped out is computed again.
-            saved = [other for other in self._waiting.check() if other.saved]
-            if not saved:
+            if not swapper.away:
                 break
-            swapper.drop(max(saved, key=lambda other: other.order))
+            swapper.drop(max(swapper.away, key=lambda other: other.order))
 
     def _admit(self, plan: Plan) -> None:
         """Rule 3: adds waiting sequences to the plan."""
@@ -471,7 +475,9 @@ class Scheduler:
             seq = self._waiting.first()
             if seq is None or not self._pages_last(seq):
                 break
-            room = self._back(seq) if seq.saved else self._first_pages(seq)
+            room = self._back(seq) if seq.saved else None
+            if room is None and not seq.saved:
+                room = self._first_pages(seq)
             if room is None:
                 break
             pages, start = room
@@ -516,23 +522,14 @@ class Scheduler:
         crowded = self.num_running > 0
         if crowded and self._blocked[0] is seq and free <= self._blocked[1]:
             return None  # spares looking up a long prompt at every step
-        tokens = len(seq.token_ids)
-        digests: list[bytes] = []
-        if self.allocator.enable_prefix_caching and not seq.no_prefix_lookup:
-            # Never the whole sequence: the last token must be computed for its logits.
-            digests = seq.page_digests(0, (tokens - 1) // self.block_size, self.block_size)
-        total = self._pages_for(tokens)
-        if self.swapper is not None and self.swapper.is_large(tokens):
-            # The rest is taken chunk by chunk.
-            digests = digests[: self.allocator.num_usable - self.swapper.window]
-            total = -1
+        digests = self._wanted_prefix(seq)
+        total = self._pages_for(len(seq.token_ids))
+        if self.swapper is not None and self.swapper.is_large(len(seq.token_ids)):
+            total = -1  # the rest is taken chunk by chunk
         if self.tiers is None:
             found, hits = self.allocator.peek(digests), 0
         else:
-            if not seq.fetched:
-                seq.fetched = True
-                self.tiers.fetch(digests)
-            if self.tiers.is_fetching(digests):
+            if self.tiers.archive.is_fetching(digests):
                 return None
             found, on_host = self.tiers.find(digests)
             hits = len(on_host)
@@ -552,13 +549,27 @@ class Scheduler:
             pages = self.allocator.lookup(digests) + self.allocator.allocate(missing)
         return pages, hits * self.block_size
 
+    def _wanted_prefix(self, seq: Sequence) -> list[bytes]:
+        """Digests of the pages that a waiting sequence may take from the prefix cache."""
+        if not self.allocator.enable_prefix_caching or seq.no_prefix_lookup:
+            return []
+        # Never the whole sequence: the last token must be computed for its logits.
+        tokens = len(seq.token_ids)
+        digests = seq.page_digests(0, (tokens - 1) // self.block_size, self.block_size)
+        if self.swapper is not None and self.swapper.is_large(tokens):
+            digests = digests[: self.allocator.num_usable - self.swapper.window]
+        return digests
+
     def _back(self, seq: Sequence) -> tuple[list[int], int] | None:
         """Rule 7: pages of a sequence that was swapped out, and how many tokens are in them; None
-        if too few are free.
+        if too few are free, or it is not in the host pool, or (nothing is saved any more) it has to
+        be computed again.
 
         Every second running sequence keeps room for a page more, lest a next step swap it out.
         """
         assert self.swapper is not None
+        if not self.swapper.recall(seq):
+            return None
         free, crowded, start = self.allocator.num_free, self.num_running > 0, seq.num_saved
         if crowded and self._blocked[0] is seq and free <= self._blocked[1]:
             return None
@@ -586,6 +597,16 @@ class Scheduler:
                 break
             gone.append(self._preempt())
         return gone
+
+    def _look_ahead(self) -> None:
+        """Asks the disk for the prefixes of those that are admitted next."""
+        swapper = self.swapper
+        if swapper is None or not swapper.tiers.archive.works:
+            return
+        if not self.allocator.enable_prefix_caching:
+            return
+        near = self._waiting.next(LOOK_AHEAD)
+        swapper.look_ahead((seq, self._wanted_prefix(seq)) for seq in near if not seq.saved)
 
     def _note_arrivals(self, ticket: int = 0) -> None:
         """Lets the sequences run whose pages have come in, or will have with a ticket that the
@@ -621,11 +642,14 @@ class Scheduler:
 
     def _hand_over(self, tiers: Tiers, plan: Plan) -> None:
         """Puts the step's moves and jobs into the plan."""
+        assert self.swapper is not None
+        archive = tiers.archive
         tiers.clean(self._ahead)
-        tiers.write_ahead(tiers.host.num_usable // 2)  # the disk is slow: well ahead
+        self.swapper.spill()
+        archive.write_ahead(tiers.host.num_usable // 2)  # the disk is slow: well ahead
         plan.moves, plan.waits = tiers.queue.take()
-        tiers.end_step()
-        plan.jobs, tiers.jobs = tiers.jobs, []
+        archive.end_step()
+        plan.jobs, archive.jobs = archive.jobs, []
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)

@@ -37,8 +37,8 @@ class Sequence:
         "data",
         "digests",
         "error",
+        "expected",
         "expected_len",
-        "fetched",
         "max_total_len",
         "no_prefix_lookup",
         "num_cached",
@@ -81,11 +81,12 @@ class Sequence:
         self.digests: list[bytes] = []  # of its full pages, as far as they were needed
         self.num_cached = 0  # prompt tokens found in the prefix cache
         self.num_preemptions = 0
-        self.saved: list[int] = []  # host pages of its first num_saved tokens, while it waits
+        # Pages of its first num_saved tokens while it waits, see kv/archive.py.
+        self.saved: list[int] = []
         self.num_saved = 0
         self.num_left = 0  # entries of pages, from the first, that lie on the host
         self.arrival = 0  # ticket with which its pages have come in
-        self.fetched = False  # whether the disk was asked for its prefix
+        self.expected = -1  # tokens that it will compute, -1: the disk was not asked for its prefix
         self.error: str | None = None  # why it failed
 
     def __repr__(self) -> str:

@@ -1,8 +1,10 @@
 """Swapper: how sequences give their GPU pages up to the host pool and get them back."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch_pd.engine.sequence import Sequence
+from torch_pd.kv.archive import LOST
 from torch_pd.kv.moves import HOST_BITS
 from torch_pd.kv.tiers import Tiers
 
@@ -36,6 +38,8 @@ class Swapper:
         """Pages that a step of a sequence larger than the GPU pool may write."""
         self.num_swapped = 0
         """Sequences that gave way to the host pool."""
+        self.away: list[Sequence] = []
+        """Those that have not come back."""
 
     def is_large(self, tokens: int) -> bool:
         """Whether so many tokens do not fit the GPU pool."""
@@ -70,10 +74,11 @@ class Swapper:
         seq.num_saved = computed
         self.tiers.free(entries[used:])
         self.num_swapped += 1
+        self.away.append(seq)
 
     def swap_in(self, seq: Sequence, reserve: int) -> list[int] | None:
-        """Entries for a swapped sequence, its first ``num_saved`` tokens in them; None if fewer
-        than ``reserve`` GPU pages would stay free."""
+        """Entries for a swapped sequence that is in the host pool (`recall`), its first
+        ``num_saved`` tokens in them; None if fewer than ``reserve`` GPU pages would stay free."""
         tokens, start, saved = len(seq.token_ids), seq.num_saved, seq.saved
         left = 0
         if self.is_large(tokens):
@@ -90,12 +95,63 @@ class Swapper:
         entries = self.tiers.swap_in(saved, digests, total, left)
         self.tiers.read_in_place(entries[:left])
         seq.saved, seq.num_saved, seq.num_left = [], 0, left
+        self.away.remove(seq)
         return entries
 
     def drop(self, seq: Sequence) -> None:
         """A swapped sequence ended, or is to be computed again."""
-        self.tiers.host.free(seq.saved)
-        seq.saved, seq.num_saved = [], 0
+        self.tiers.archive.release(seq.saved)
+        seq.saved, seq.num_saved, seq.expected = [], 0, -1
+        self.away.remove(seq)
+
+    # Disk.
+
+    def spill(self) -> None:
+        """Lets swapped sequences go on to disk while the host pool is nearly full: those that come
+        back last, and never the one that comes back next."""
+        host, archive = self.tiers.host, self.tiers.archive
+        if not archive.works or 4 * host.num_free >= host.num_usable or len(self.away) < 2:
+            return
+        self.away.sort(key=lambda seq: seq.order)
+        for seq in reversed(self.away[1:]):
+            if not archive.spill(seq.saved, self._digests(seq, seq.num_saved)):
+                break
+
+    def recall(self, seq: Sequence) -> bool:
+        """Whether all pages of a swapped sequence are in the host pool; reads what is on disk. One
+        whose pages are lost, or find no room, is dropped."""
+        archive = self.tiers.archive
+        if LOST in seq.saved:
+            self.drop(seq)
+            return False
+        while not archive.recall(seq.saved):
+            if archive.busy:
+                return False  # what is written makes room, what is read comes
+            newest = max(self.away, key=lambda other: other.order)
+            self.drop(newest)
+            if newest is seq:
+                return False
+        return True
+
+    def look_ahead(self, seqs: Iterable[tuple[Sequence, list[bytes]]]) -> None:
+        """Decides for sequences that are to be admitted next, in order, whether what the disk has
+        of their prefixes is read: if it will be there by the time at which it would be computed.
+
+        Args:
+            seqs: with the digests of what they may take from the prefix cache.
+        """
+        archive, seconds = self.tiers.archive, self.costs.token_seconds
+        ahead = 0
+        for seq, digests in seqs:
+            if seq.expected < 0:
+                reached, wanted = self.tiers.on_disk(digests)
+                computed = ahead + len(wanted) * self.block_size
+                if wanted and archive.read_seconds(len(wanted)) <= computed * seconds:
+                    archive.fetch(wanted)
+                elif wanted:
+                    reached = digests.index(wanted[0])
+                seq.expected = len(seq.token_ids) - reached * self.block_size
+            ahead += seq.expected
 
     # The older pages of a large one.
 

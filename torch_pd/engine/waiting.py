@@ -31,6 +31,20 @@ class Waiting:
             self._num_ended -= 1
         return None
 
+    def next(self, n: int) -> list[Sequence]:
+        """The ``n`` oldest sequences, in order."""
+        heap = self._heap
+        found: list[Sequence] = []
+        # The heads of the parts of the heap that were not looked at.
+        heads = [(heap[0][0], 0)] if heap else []
+        while heads and len(found) < n:
+            _, i = heapq.heappop(heads)
+            if heap[i][1].status is Status.WAITING:
+                found.append(heap[i][1])
+            for child in range(2 * i + 1, min(2 * i + 3, len(heap))):
+                heapq.heappush(heads, (heap[child][0], child))
+        return found
+
     def pop(self) -> None:
         """Takes out what ``first`` returned."""
         heapq.heappop(self._heap)

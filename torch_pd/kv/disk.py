@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 THREADS = 8
 """Transfers under way at once."""
+RATE = 2e9
+"""Bytes a second of a disk that was not measured yet."""
 
 
 class DiskTier:
@@ -72,6 +74,12 @@ class DiskTier:
     def num_pending(self) -> int:
         """Jobs started whose end `poll` has not told yet."""
         return len(self._jobs)
+
+    @property
+    def page_seconds(self) -> float:
+        """What a transfer of a page has taken, others beside it; before the first few, a guess."""
+        count, seconds = self._file.done
+        return seconds / count if count >= 2 * THREADS else self.host.page_bytes / RATE
 
     def start(self, job: DiskJob) -> None:
         """Starts a job; the host page must stay as it is until `poll` tells its end."""
