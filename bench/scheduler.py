@@ -4,7 +4,8 @@
 
 Three loads, all with every row busy and the rest waiting:
   decode   all sequences decode, none ends; the queue is blocked by max_num_seqs
-  churn    outputs of 200 tokens on average, so some sequences end and are replaced in each step
+  churn    outputs of 200 tokens on average, their lengths foreseen, so some sequences end and are
+           replaced in each step
   blocked  as decode, with free rows: the oldest waiting prompt does not fit into the pages left
 
 CPU time of the process (time.process_time), so other processes on the machine count little.
@@ -43,7 +44,9 @@ def build(load: str, caching: bool, running: int, waiting: int, steps: int) -> S
         output = rng.randrange(50, 350) if load == "churn" else 10**6
         length = long if load == "blocked" and i == running else n
         ids = [rng.randrange(50_000) for _ in range(length)]
-        scheduler.add(Sequence(str(i), ids, max_total_len=min(n + output, long + 1)))
+        limit = min(n + output, long + 1)
+        expected = limit if load == "churn" else None
+        scheduler.add(Sequence(str(i), ids, max_total_len=limit, expected_len=expected))
     while True:
         plan = scheduler.schedule()
         scheduler.update(plan, np.zeros(plan.num_samples, np.int64))

@@ -507,11 +507,12 @@ class Scheduler:
             return True
         rows, tables = self._running.rows, self.tables
         tokens = np.append(tables.num_tokens[rows], len(seq.token_ids))
+        ends = np.maximum(np.append(tables.expected[rows], seq.expected_len), tokens)
         held = -(-tokens // self.block_size)
-        left = np.maximum(np.append(tables.expected[rows], seq.expected_len) - tokens, 0)
-        shared = max(0, int(held[:-1].sum()) - self.allocator.num_used)
-        peak = peak_pages(held, tokens, left, self.block_size)
-        return peak - shared <= self.allocator.num_usable
+        room = self.allocator.num_usable + max(0, int(held[:-1].sum()) - self.allocator.num_used)
+        if int((-(-ends // self.block_size)).sum()) <= room:
+            return True  # even if all were at their ends at once: nothing to sort
+        return peak_pages(held, tokens, ends - tokens, self.block_size) <= room
 
     def _first_pages(self, seq: Sequence) -> tuple[list[int], int] | None:
         """Pages for all tokens of a waiting sequence, and how many tokens are cached in them.
