@@ -471,10 +471,17 @@ class Scheduler:
         starts: list[int] = []
         counts: list[int] = []
         budget = self.max_num_batched_tokens - plan.num_tokens
+        ends = -1  # pages of the running sequences, were all at their ends; once it is asked for
         while budget > 0 and self.tables.free_rows:
             seq = self._waiting.first()
-            if seq is None or not self._pages_last(seq):
+            if seq is None:
                 break
+            end = self._pages_for(max(seq.expected_len or 0, len(seq.token_ids)))
+            if seq.expected_len is not None and self.swapper is None and self.num_running:
+                if ends < 0:
+                    ends = self._pages_at_ends()
+                if ends + end > self.allocator.num_usable and not self._pages_last(seq):
+                    break
             room = self._back(seq) if seq.saved else None
             if room is None and not seq.saved:
                 room = self._first_pages(seq)
@@ -492,6 +499,8 @@ class Scheduler:
                     self._arriving.append(seq)
                     continue
             self._run(seq, pages, start)
+            if ends >= 0:
+                ends += end
             seqs.append(seq)
             starts.append(start)
             counts.append(
@@ -501,18 +510,21 @@ class Scheduler:
         if seqs:
             plan.extend(seqs, starts, counts)
 
+    def _pages_at_ends(self) -> int:
+        rows, tables = self._running.rows, self.tables
+        ends = np.maximum(tables.num_tokens[rows], tables.expected[rows])
+        return int((-(-ends // self.block_size)).sum())
+
     def _pages_last(self, seq: Sequence) -> bool:
         """Rule 3: whether the pool will do if a waiting sequence runs beside the others."""
-        if seq.expected_len is None or self.swapper is not None or not self.num_running:
-            return True
+        assert seq.expected_len is not None
         rows, tables = self._running.rows, self.tables
         tokens = np.append(tables.num_tokens[rows], len(seq.token_ids))
-        ends = np.maximum(np.append(tables.expected[rows], seq.expected_len), tokens)
         held = -(-tokens // self.block_size)
-        room = self.allocator.num_usable + max(0, int(held[:-1].sum()) - self.allocator.num_used)
-        if int((-(-ends // self.block_size)).sum()) <= room:
-            return True  # even if all were at their ends at once: nothing to sort
-        return peak_pages(held, tokens, ends - tokens, self.block_size) <= room
+        left = np.maximum(np.append(tables.expected[rows], seq.expected_len) - tokens, 0)
+        shared = max(0, int(held[:-1].sum()) - self.allocator.num_used)
+        peak = peak_pages(held, tokens, left, self.block_size)
+        return peak - shared <= self.allocator.num_usable
 
     def _first_pages(self, seq: Sequence) -> tuple[list[int], int] | None:
         """Pages for all tokens of a waiting sequence, and how many tokens are cached in them.
