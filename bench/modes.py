@@ -9,15 +9,13 @@ without the votes. ``--plan-only --ranks 4`` prints what the planner foresees, a
 
 import argparse
 import json
-import random
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from pool import SHAPES
-from roles import folder_of
+from pool import SHAPES, folder_of, random_prompts
 
 from torch_pd import LLM, SamplingParams, plan
 
@@ -32,12 +30,7 @@ def foreseen(args: argparse.Namespace, ranks: int, **more: Any) -> Any:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    dice = random.Random(0)
-    spread, vocab = args.input // 2, SHAPES[args.shape].vocab_size
-    prompts = [
-        [dice.randrange(vocab) for _ in range(args.input + dice.randint(-spread, spread))]
-        for _ in range(args.prompts)
-    ]
+    prompts = random_prompts(args)
     params = SamplingParams(temperature=0.0, max_tokens=args.output, ignore_eos=True)
     settings = {name: json.loads(value) for name, value in args.set}
     folder = folder_of(args.shape, args.layers, args.max_len)
@@ -51,7 +44,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         machine = choice.costs.machine
         if first:
             print(f"ready after {time.perf_counter() - start:.1f} s; {machine}", flush=True)
-            print(llm.memory_table() if hasattr(llm, "memory_table") else "", flush=True)
+            print(engine.memory_table(), flush=True)
         ranks = dist.get_world_size()
         plans = {"default": foreseen(args, ranks, **settings)}
         plans["measured"] = foreseen(args, ranks, machine=machine, **settings)

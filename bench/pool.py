@@ -242,10 +242,11 @@ class Profile:
         return {"step_ms": wall, "busy_ms": busy, **kinds, "kernels": dict(top)}
 
 
-def generate(args: argparse.Namespace) -> list[dict]:
-    dims = SHAPES[args.shape]
+def folder_of(shape: str, layers: int | None, max_len: int) -> Path:
+    """A folder with the config of a shape, for random weights."""
+    dims = SHAPES[shape]
     config = Qwen3Config(
-        num_hidden_layers=args.layers or dims.num_layers,
+        num_hidden_layers=layers or dims.num_layers,
         hidden_size=dims.hidden_size,
         num_attention_heads=dims.num_heads,
         num_key_value_heads=dims.num_kv_heads,
@@ -253,23 +254,33 @@ def generate(args: argparse.Namespace) -> list[dict]:
         intermediate_size=dims.intermediate_size,
         vocab_size=dims.vocab_size,
         tie_word_embeddings=dims.tied,
-        max_position_embeddings=args.max_len,
+        max_position_embeddings=max_len,
     )
-    dice = random.Random(0)
-    spread = args.input // 2
-    prompts = [
-        [dice.randrange(dims.vocab_size) for _ in range(args.input + dice.randint(-spread, spread))]
-        for _ in range(args.prompts)
-    ]
-    params = SamplingParams(temperature=0.0, max_tokens=args.output, ignore_eos=True)
-    ranks = {} if dist.is_torchelastic_launched() else {"data_parallel_size": args.ranks}
-    settings = {name: json.loads(value) for name, value in args.set}
     # One place for all ranks of torchrun, each of which may be the first to write it.
-    folder = Path(tempfile.gettempdir()) / f"torch_pd-bench-{args.shape}"
+    folder = Path(tempfile.gettempdir()) / f"torch_pd-{shape}-{layers}-{max_len}"
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as new:
         config.save_pretrained(new)
         (Path(new) / "config.json").replace(folder / "config.json")
+    return folder
+
+
+def random_prompts(args: argparse.Namespace) -> list[list[int]]:
+    """``args.prompts`` of random tokens, lengths uniform within 50% of ``args.input``."""
+    dice = random.Random(0)
+    spread, vocab = args.input // 2, SHAPES[args.shape].vocab_size
+    return [
+        [dice.randrange(vocab) for _ in range(args.input + dice.randint(-spread, spread))]
+        for _ in range(args.prompts)
+    ]
+
+
+def generate(args: argparse.Namespace) -> list[dict]:
+    prompts = random_prompts(args)
+    params = SamplingParams(temperature=0.0, max_tokens=args.output, ignore_eos=True)
+    ranks = {} if dist.is_torchelastic_launched() else {"data_parallel_size": args.ranks}
+    settings = {name: json.loads(value) for name, value in args.set}
+    folder = folder_of(args.shape, args.layers, args.max_len)
     start = time.perf_counter()
     with LLM(folder, load_format="dummy", weights="pooled", **ranks, **settings) as llm:
         started = time.perf_counter() - start

@@ -12,15 +12,13 @@ it runs on the CPU with ``--shape tiny`` and has no driver to ask.
 import argparse
 import json
 import random
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from pool import SHAPES
-from transformers import Qwen3Config
+from pool import SHAPES, folder_of
 
 from torch_pd import LLM, SamplingParams
 
@@ -92,28 +90,6 @@ def plot(path: Path, title: str, lines: dict[str, list[tuple[float, float]]]) ->
         )
         out.append(f'<text x="{left + width + 36}" y="{y}">{name}</text>')
     path.write_text("\n".join([*out, "</svg>"]) + "\n")
-
-
-def folder_of(shape: str, layers: int | None, max_len: int) -> Path:
-    dims = SHAPES[shape]
-    config = Qwen3Config(
-        num_hidden_layers=layers or dims.num_layers,
-        hidden_size=dims.hidden_size,
-        num_attention_heads=dims.num_heads,
-        num_key_value_heads=dims.num_kv_heads,
-        head_dim=dims.head_dim,
-        intermediate_size=dims.intermediate_size,
-        vocab_size=dims.vocab_size,
-        tie_word_embeddings=False,
-        max_position_embeddings=max_len,
-    )
-    # One place for all ranks of torchrun, each of which may be the first to write it.
-    folder = Path(tempfile.gettempdir()) / f"torch_pd-{shape}-{layers}-{max_len}"
-    folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as new:
-        config.save_pretrained(new)
-        (Path(new) / "config.json").replace(folder / "config.json")
-    return folder
 
 
 def run(llm: LLM, args: argparse.Namespace, began: float) -> tuple[list[dict], list[tuple]]:
