@@ -17,10 +17,10 @@ def largest_graph(max_num_seqs: int) -> int:
 
 
 def bucket_sizes(most: int) -> list[int]:
-    """Rows for which graphs are captured, rising to ``most``: steps of 8, wider where a row more
-    costs a smaller share."""
-    sizes = [1, 2, 4, *range(8, 32, 8), *range(32, 128, 16), *range(128, 256, 32)]
-    sizes += [*range(256, 512, 64), *range(512, most, 128)]
+    """Rows for which graphs are captured, rising to ``most``: about a sixteenth apart, since large
+    steps take time by the row, also by those that pad them."""
+    sizes = [1, 2, 4, *range(8, 32, 8), *range(32, 256, 16), *range(256, 512, 32)]
+    sizes += [*range(512, most, 64)]
     return [size for size in sizes if size < most] + [most]
 
 
