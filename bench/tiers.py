@@ -1,7 +1,7 @@
 """The engine over KV tiers: swap, shared prefixes, a sequence larger than the GPU pool.
 
     python bench/tiers.py [--only swap,swap1k,prefix,long] [--small] [--layers N] [--folder /tmp]
-                          [--json FILE]
+                          [--questions N] [--prefix none,gpu,host,disk] [--json FILE]
 
 Qwen3-8B shape (--layers cuts it), random weights, bfloat16, random tokens, greedy. --small takes
 the shape of SmolLM2-135M in float32 and much less work, for a CPU, whose main pool plays the
@@ -117,6 +117,8 @@ class Bench:
             "disk_read_bytes",
             "disk_written_bytes",
             "disk_errors",
+            "device_busy",
+            "device_idle",
             "kv_tokens",
         )
         row = {
@@ -134,6 +136,7 @@ class Bench:
         self.results.setdefault("runs", []).append(row)
         moved = [row.get(f"moved_{way}_bytes", 0) / 1e9 for way in ("in", "out")]
         disk = [row.get(f"disk_{way}_bytes", 0) / 1e9 for way in ("read", "written")]
+        idle = row["device_idle"] / max(1e-9, row["device_idle"] + row["device_busy"])
         looked = max(1, row["prefix_pages_looked_up"])
         host_hits = row.get("prefix_pages_hit_host", 0) / looked
         print(
@@ -141,7 +144,8 @@ class Bench:
             f"{row['prompt_tok_s']:8.0f} tok/s  preempted {row['preemptions']:4} swapped "
             f"{row.get('swapped_sequences', 0):4}  hits gpu {row['prefix_pages_hit'] / looked:4.0%}"
             f" host {host_hits:4.0%}  moved in/out {moved[0]:.1f}/{moved[1]:.1f} GB, disk r/w "
-            f"{disk[0]:.1f}/{disk[1]:.1f} GB  steps {row['steps']}  ready {ready:.1f} s",
+            f"{disk[0]:.1f}/{disk[1]:.1f} GB  steps {row['steps']}  idle {idle:.0%}  "
+            f"ready {ready:.1f} s",
             flush=True,
         )
         del llm
@@ -172,7 +176,7 @@ def bench_swap(bench: Bench, count: int, prompt: int, out: int) -> None:
     print(f"  recompute: {equal_share(unlimited, again)}; swap: {equal_share(unlimited, swapped)}")
 
 
-def bench_prefix(bench: Bench, folder: str, questions: int) -> None:
+def bench_prefix(bench: Bench, folder: str, questions: int, lines: list[str]) -> None:
     """64 prefixes of 4096 tokens, four times the GPU pool, asked in random order."""
     count, length = 64 // bench.divide, 4096 // bench.divide
     rng = random.Random(1)
@@ -181,20 +185,18 @@ def bench_prefix(bench: Bench, folder: str, questions: int) -> None:
     rng.shuffle(prompts)
     params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
     pool, large = bench.gib_of(count * length // 4), bench.gib_of(count * length * 5 // 4)
-    base = {"max_model_len": length + 64, "kv_cache_gib": pool, "enforce_eager": True}
+    base = {"max_model_len": length + 64, "kv_cache_gib": pool}
+    disk = {"host_kv_gib": pool, "disk_kv_gib": large, "disk_kv_path": folder}
+    kinds: dict[str, tuple[str, dict]] = {
+        "none": ("no cache", {"enable_prefix_caching": False}),
+        "gpu": ("GPU", {}),
+        "host": ("GPU + host", {"host_kv_gib": large}),
+        "disk": ("GPU + small host + disk", disk),
+    }
     print(f"prefix: {count} x {length} tokens, {questions} questions each, pool of a quarter")
-    bench.run("no cache", prompts, params, enable_prefix_caching=False, **base)
-    bench.run("GPU", prompts, params, **base)
-    bench.run("GPU + host", prompts, params, host_kv_gib=large, **base)
-    bench.run(
-        "GPU + small host + disk",
-        prompts,
-        params,
-        host_kv_gib=pool,
-        disk_kv_gib=large,
-        disk_kv_path=folder,
-        **base,
-    )
+    for line in lines:
+        name, config = kinds[line]
+        bench.run(name, prompts, params, **base, **config)
 
 
 def bench_long(bench: Bench) -> None:
@@ -220,6 +222,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="SmolLM2-135M's shape, less work")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--questions", type=int, default=16)
+    parser.add_argument("--prefix", default="none,gpu,host,disk", help="lines of prefix")
     parser.add_argument("--folder", default="/tmp", help="for the file of the disk tier")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -234,7 +237,7 @@ def main() -> None:
         elif part == "swap1k":
             bench_swap(bench, 64, 1024, 256)
         elif part == "prefix":
-            bench_prefix(bench, args.folder, args.questions)
+            bench_prefix(bench, args.folder, args.questions, args.prefix.split(","))
         elif part == "long":
             bench_long(bench)
         else:
