@@ -63,15 +63,15 @@ class FakeModel:
 
     def schedule(self):
         s = self.scheduler
-        before = {seq.seq_id for seq in s._running.seqs}
+        before = {seq.seq_id for seq in s.roster.running.seqs}
         plan = s.schedule()
         s.check()
         idle = not plan.seqs and not plan.failed
         assert not idle or not s.has_unfinished or self.under_way, "no work although some is left"
         assert plan.num_tokens == plan.counts.sum() <= s.max_num_batched_tokens
         assert s.num_running <= s.max_num_seqs
-        waiting = s._waiting.check()
-        running = s._running.seqs
+        waiting = s.roster.waiting.check()
+        running = s.roster.running.seqs
         for seq in plan.preempted:
             assert all(other.order < seq.order for other in running), "gave way to a newer one"
         for seq in running:

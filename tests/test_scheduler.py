@@ -254,7 +254,7 @@ def test_a_hundredth_of_the_pool_is_kept_for_the_running():
     model = FakeModel(make(usable=200, tokens=2000, length=1000))
     a, b = model.add(range(100), 9), model.add(range(4 * 174), 9)
     c = model.add(range(4), 9)
-    assert model.scheduler.watermark == 2
+    assert model.scheduler.admission.watermark == 2
     assert model.step().seqs == [a]  # 25 + 174 + 2 > 200
     model.scheduler.abort(b.seq_id)
     assert model.step().seqs == [a, c]
@@ -312,7 +312,7 @@ def test_aborted_waiting_sequences_leave_the_queue():
     for seq in seqs[1:]:
         s.abort(seq.seq_id)
         s.check()
-    assert len(s._waiting._heap) <= 2
+    assert len(s.roster.waiting._heap) <= 2
     assert s.schedule().seqs == seqs[:1]
     assert s.num_waiting == 0
 

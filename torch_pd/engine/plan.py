@@ -30,8 +30,8 @@ class Plan:
     plan before this one; -1 where all input tokens are known."""
     positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64, output tokens before the one drawn here, those under way included."""
-    stale: bool = False
-    """A sequence of it ended or was preempted since."""
+    num_taken_out: int = 0
+    """The roster's, when the plan was made."""
     copies: list[tuple[int, int]] = field(default_factory=list)
     """(from, to) pages to copy whole before the step, in any order."""
     moves: list[Moves] = field(default_factory=list)
@@ -75,3 +75,16 @@ class Plan:
         self.rows = np.append(self.rows, [seq.row for seq in seqs])
         self.starts = np.append(self.starts, starts)
         self.counts = np.append(self.counts, counts)
+
+    def note_places(self) -> None:
+        """Notes what the forward pass reads on the host; sequences that compute several tokens over
+        such pages go to the end."""
+        left = np.fromiter((seq.num_left > 0 for seq in self.seqs), bool, len(self.seqs))
+        self.in_place = bool(left.any())
+        staged = left & (self.counts > 1)
+        self.num_staged = int(staged.sum())
+        if self.num_staged:
+            order = np.argsort(staged, kind="stable")
+            self.seqs = [self.seqs[i] for i in order.tolist()]
+            self.rows, self.starts = self.rows[order], self.starts[order]
+            self.counts = self.counts[order]

@@ -43,6 +43,10 @@ class Tables:
         """bool: the next page written to may be held by others too."""
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
 
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold so many tokens."""
+        return -(-tokens // self.block_size)
+
     def take(self, seq: Sequence, pages: list[int], num_computed: int) -> None:
         """Gives the sequence a row (one must be free) and the pages."""
         assert seq.max_total_len is not None
