@@ -1,11 +1,13 @@
 """Device: which one an engine runs on, its early start, and whether it still works."""
 
 import contextlib
+import ctypes
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch import Tensor
 
 from torch_pd import ops
 from torch_pd.config import EngineConfig
@@ -69,3 +71,10 @@ def lost(device: torch.device, error: RuntimeError) -> DeviceLost:
         f"the GPU {device} failed during a step, so this process cannot use it any more; start a "
         f"new one (CUDA says: {str(error).splitlines()[0]})"
     )
+
+
+def keep_forever(pinned: Iterable[Tensor]) -> None:
+    """Lets nobody free the pinned memory of a lost GPU: torch's allocator would record an event
+    then, which fails in a destructor and so ends the process, be it at its exit."""
+    for tensor in pinned:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(tensor))

@@ -15,7 +15,7 @@ from torch_pd.config import EngineConfig
 from torch_pd.dist import World
 from torch_pd.engine.carrier import Carrier, swap_costs
 from torch_pd.engine.detokenizer import Detokenizer
-from torch_pd.engine.device import device_lost
+from torch_pd.engine.device import device_lost, keep_forever
 from torch_pd.engine.draw import derive_seed
 from torch_pd.engine.inflight import InFlight, Output, Request
 from torch_pd.engine.limits import Limits
@@ -346,10 +346,12 @@ class Engine:
         except BaseException as error:
             self._drop_all()
             lost = device_lost(self.pool.device, error)
-            if lost is None or lost is error:
-                self._lost = lost is not None
+            if lost is None:
                 raise
             self._lost = True
+            keep_forever(self.runner.pinned)
+            if lost is error:
+                raise
             raise lost from error
         self.report.note_step(self, time.perf_counter() - start)
         outputs = []
@@ -462,6 +464,7 @@ class Engine:
     def _drop_all(self) -> None:
         """After a failed step: forgets what is under way and every request."""
         self._under_way = None
+        self.runner.tickets.rest()
         self.scheduler.cancel_all()
         for request_id in list(self._requests):
             self.abort(request_id)

@@ -259,6 +259,11 @@ class Runner:
         wrong; waits for it. See `Tickets.wait`."""
         return self.tickets.wait(ticket)
 
+    @property
+    def pinned(self) -> list[Tensor]:
+        """Memory of the host that the device reads and writes."""
+        return self.staging.pinned + self.tickets.pinned
+
     def _forward(self, step: Step, logits: Tensor | None = None) -> Tensor:
         # A row of bad logits drew -1; its request fails, but its next step may be under way.
         input_ids = self.tokens.index_select(0, step.source).clamp_(min=0)

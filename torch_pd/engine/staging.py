@@ -43,6 +43,11 @@ class Staging:
             self._hosts = [self.data[lead:]]
 
     @property
+    def pinned(self) -> list[Tensor]:
+        """Memory of the host that the device reads (on the CPU the buffer itself)."""
+        return self._hosts
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the device."""
         return self.data.nbytes

@@ -51,6 +51,11 @@ class Tickets:
             self._started = [torch.cuda.Event(enable_timing=True) for _ in range(SLOTS)]
             self._ended = [torch.cuda.Event(enable_timing=True) for _ in range(SLOTS)]
 
+    @property
+    def pinned(self) -> list[Tensor]:
+        """Memory of the host that the device writes to."""
+        return self._results
+
     def begin(self, count: int) -> Ticket:
         """A ticket for a step that is launched after this call; at most two may be under way."""
         ticket = Ticket(count, self._turn)
