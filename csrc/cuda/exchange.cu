@@ -94,19 +94,23 @@ __device__ __forceinline__ void store_word(void* to, const Part& part, int word,
   }
 }
 
-// Seen by and from other GPUs, each access once and as it stands.
-__device__ __forceinline__ uint4 load_line(const char* from) {
-  uint4 v;
-  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from)
-               : "memory");
-  return v;
+// Seen by and from other GPUs, each access once and as it stands. A line must move in one
+// instruction: a warp meets before its loads or stores (__syncwarp), and which of its lines are
+// there is a predicate, so that no branch parts its threads in between.
+__device__ __forceinline__ void load_line(uint4& v, const char* from, bool there) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n"
+      "@p ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(from), "r"(static_cast<int>(there))
+      : "memory");
 }
-__device__ __forceinline__ void store_line(char* to, uint4 v) {
-  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w)
-               : "memory");
+__device__ __forceinline__ void store_line(char* to, uint4 v, bool there) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n"
+      "@p st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(static_cast<int>(there))
+      : "memory");
 }
 __device__ __forceinline__ uint64_t load_begun(const uint64_t* from) {
   uint64_t v;
@@ -221,7 +225,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int u = 0; u < kHeld; ++u) {
           const int line = base + first % 4 + u * kLinesAtOnce;
-          if (line < share.end) store_line(lines + int64_t{line - share.begin} * kLine, held[u]);
+          char* const to_line = lines + int64_t{line - share.begin} * kLine;
+          store_line(to_line, held[u], line < share.end);
         }
       }
     }
@@ -242,17 +247,19 @@ __global__ void __launch_bounds__(kThreads)
       for (int base = share.begin + first - first % 4; base < share.end;
            base += kLinesAtOnce * kHeld) {
         uint4 held[kHeld];
+#pragma unroll
+        for (int u = 0; u < kHeld; ++u) held[u] = uint4{mark, mark, mark, mark};
         bool missing;
         do {
           missing = false;
+          __syncwarp();
 #pragma unroll
           for (int u = 0; u < kHeld; ++u) {
             const int line = base + first % 4 + u * kLinesAtOnce;
-            if (line < share.end) {
-              held[u] = load_line(lines + int64_t{line - share.begin} * kLine);
-              missing |= place == kWords && held[u].x != mark;
-            }
+            load_line(held[u], lines + int64_t{line - share.begin} * kLine, line < share.end);
           }
+#pragma unroll
+          for (int u = 0; u < kHeld; ++u) missing |= place == kWords && held[u].x != mark;
         } while (wait.more(missing ? from_rank : -1));
         if (wait.lost()) break;
 #pragma unroll
@@ -277,25 +284,30 @@ __global__ void __launch_bounds__(kThreads)
       const int line = base + first % 4;
       const int word = place < kWords && line < share.end ? line * kWords + place : words;
       uint4 held[kMaxRanks];
+#pragma unroll
+      for (int from = 0; from < kMaxRanks; ++from) {
+        held[from] = uint4{mark, mark, mark, mark};
+        if (from == a.rank && a.receives[from].units > 0) {
+          held[from] = load_word<Unit>(a.x, a.sends[from], word);
+        }
+      }
       int missing;
       do {
         missing = -1;
+        __syncwarp();
 #pragma unroll
         for (int from = 0; from < kMaxRanks; ++from) {
-          if (from >= a.size || a.receives[from].units == 0 || line >= share.end) continue;
-          if (from == a.rank) {
-            held[from] = load_word<Unit>(a.x, a.sends[from], word);
-          } else {
-            held[from] = load_line(box(a.rank, from) + int64_t{line - share.begin} * kLine);
-            if (place == kWords && held[from].x != mark) missing = from;
-          }
+          if (from >= a.size || from == a.rank || a.receives[from].units == 0) continue;
+          const char* const from_line = box(a.rank, from) + int64_t{line - share.begin} * kLine;
+          load_line(held[from], from_line, line < share.end);
+          if (place == kWords && held[from].x != mark) missing = from;
         }
       } while (wait.more(missing));
       if (wait.lost()) break;
       float sum[kItems] = {};
 #pragma unroll
       for (int from = 0; from < kMaxRanks; ++from) {
-        if (from >= a.size || a.receives[from].units == 0 || line >= share.end) continue;
+        if (from >= a.size || a.receives[from].units == 0) continue;
         float x[kItems];
         widen(reinterpret_cast<const Vec<T, kItems>&>(held[from]), x);
 #pragma unroll
