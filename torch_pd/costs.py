@@ -48,7 +48,7 @@ class Machine:
     """More than that, from about 1 MiB on."""
     eager_collective_seconds: float = 50e-6
     """Least time of a collective launched from the host."""
-    mailbox_bytes: int = 4 << 20
+    mailbox_bytes: int = 10 << 20
     """Of the rows of one rank, up to which an exchange goes by mapped memory (weights/mailbox)."""
     mailbox_bandwidth: float = 300e9
     """Bytes a second that a rank receives by it."""

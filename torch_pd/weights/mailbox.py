@@ -15,9 +15,10 @@ from torch_pd.peer import TIMEOUT_S, PeerMemory
 
 logger = logging.getLogger(__name__)
 
-LIMIT = 4 << 20
-"""Bytes of the largest message that goes this way by default. Up to 2.5 MiB, the largest measured,
-NCCL takes two to four times as long (docs/benchmarks.md)."""
+LIMIT = 10 << 20
+"""Bytes of the largest message that goes this way by default, the largest measured (1,024 rows of
+Qwen3-32B between two GPUs): NCCL takes 1.4 to 1.9 times as long there, and up to five times with
+smaller ones (docs/benchmarks.md)."""
 WAIT_S = 120.0
 """How long a kernel waits for a peer. The ranks start a step within milliseconds of each other, but
 one may still pin host memory when the others run their first."""
