@@ -110,6 +110,7 @@ def test_peak_is_that_of_a_run_to_the_end(block_size, sequences):
 @pytest.mark.parametrize("known", [True, False])
 def test_a_sequence_waits_where_pages_would_run_out_later(known):
     s = make(usable=40, block_size=4, seqs=64, tokens=64)
+    s.admission.num_elsewhere = 1000  # more will come, so none of these are the last
     model = FakeModel(s)
     seqs = [model.add(range(8), 16, expected_len=24 if known else None) for _ in range(20)]
     most = 0
@@ -122,6 +123,32 @@ def test_a_sequence_waits_where_pages_would_run_out_later(known):
         assert most >= 40 * 4 // 24 - 1
     else:
         assert sum(seq.num_preemptions for seq in seqs) > 0
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_the_last_sequences_do_not_wait_to_run_on_alone(last):
+    # 100 pages hold 16 of 24 tokens: two of the 18 do not fit to the end.
+    s = make(usable=100, block_size=4, seqs=64, tokens=256)
+    s.admission.num_elsewhere = 0 if last else 1000
+    model = FakeModel(s)
+    seqs = [model.add(range(8), 16, expected_len=24) for _ in range(18)]
+    steps = 0
+    while s.has_unfinished:
+        model.step()
+        steps += 1
+    assert all(seq.num_output == 16 for seq in seqs)
+    assert (sum(seq.num_preemptions for seq in seqs) > 0) == last
+    # Those that give way come back for what they lack; those that wait need all their steps.
+    assert steps < 25 if last else steps > 30
+
+
+def test_who_gave_way_waits_for_its_pages():
+    s = make(usable=40, block_size=4, seqs=64, tokens=256)
+    model = FakeModel(s)
+    seqs = [model.add(range(8), 16, expected_len=24) for _ in range(20)]
+    while s.has_unfinished:
+        model.step()
+    assert max(seq.num_preemptions for seq in seqs) == 1
 
 
 # Chunks, budget and order.

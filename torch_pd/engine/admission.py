@@ -9,6 +9,8 @@ from torch_pd.engine.sequence import Sequence
 
 LOOK_AHEAD = 16
 """Waiting sequences for which the disk is read."""
+STEP_TOKENS = 256
+"""Prompt tokens that take as long as a step of few sequences: one that only reads the weights."""
 
 
 class Admission:
@@ -24,6 +26,8 @@ class Admission:
         self.swapper = roster.swapper
         self.watermark = self.allocator.num_usable // 100
         """Pages left to those that run already."""
+        self.num_elsewhere = 0
+        """Sequences that wait outside of this scheduler and may come to it."""
         self._blocked: tuple[Sequence | None, int] = None, 0  # did not fit into so many free pages
 
     def admit(self, plan: Plan, budget: int) -> None:
@@ -41,7 +45,11 @@ class Admission:
             if seq.expected_len is not None and self.swapper is None and roster.num_running:
                 if ends < 0:
                     ends = self._pages_at_ends()
-                if ends + end > self.allocator.num_usable and not self._pages_last(seq):
+                if (
+                    ends + end > self.allocator.num_usable
+                    and not self._pages_last(seq)
+                    and not self._would_trail(seq)
+                ):
                     break
             room = self._back(seq) if seq.saved else None
             if room is None and not seq.saved:
@@ -96,6 +104,25 @@ class Admission:
         shared = max(0, int(held[:-1].sum()) - self.allocator.num_used)
         peak = peak_pages(held, tokens, left, tables.block_size)
         return peak - shared <= self.allocator.num_usable
+
+    def _would_trail(self, seq: Sequence) -> bool:
+        """Whether the last that wait had better run now, though some then give way and are computed
+        again, than that they run alone when all others have ended.
+
+        A step of few sequences takes its time however few they are: each step that the last ones
+        run alone is lost but for their own tokens.
+        """
+        if seq.num_preemptions:
+            return False
+        rows, tables = self.roster.running.rows, self.roster.tables
+        waiting = self.roster.num_waiting + self.num_elsewhere
+        if waiting >= STEP_TOKENS or not len(rows):
+            return False
+        assert seq.expected_len is not None
+        left = np.maximum(tables.expected[rows] - tables.num_tokens[rows], 0)
+        # At the earliest they start when the first one ends.
+        steps = int(left.min()) + seq.expected_len - len(seq.token_ids) - int(left.max())
+        return (STEP_TOKENS - waiting) * steps > waiting * seq.expected_len
 
     # Its pages.
 

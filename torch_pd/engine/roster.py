@@ -40,6 +40,11 @@ class Roster:
         """Sequences that hold a row and pages."""
         return len(self.tables.block_tables) - len(self.tables.free_rows)
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold nothing yet, or nothing any more."""
+        return len(self.seqs) - self.num_running
+
     def register(self, seq: Sequence, parent: Sequence | None = None) -> None:
         """Numbers a new sequence, which takes the place of its parent's request."""
         seq.seq_id, self._next_id = self._next_id, self._next_id + 1

@@ -10,7 +10,8 @@ Integers only, no torch. The whole policy:
    (max_num_seqs) and pages last. Pages for all known tokens are taken at admission, what the prefix
    cache holds is not computed again, and 1% of the pool is left to those that run already. One
    whose length is foreseen (expected_len) waits if the pool would run out before enough of the
-   others end; not with tiers, where giving way costs little.
+   others end; not with tiers, where giving way costs little, nor if it is among the last and would
+   run on alone for long.
 4. A sequence that needs a page when none is free preempts the newest running one, itself if that is
    the newest; so none ever gives way to a newer one and the oldest always goes on. The preempted
    one gives up its pages, waits at its old place (before all later arrivals) and later computes
@@ -125,7 +126,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that hold nothing yet, or nothing any more."""
-        return len(self.roster.seqs) - self.num_running
+        return self.roster.num_waiting
 
     @property
     def has_unfinished(self) -> bool:

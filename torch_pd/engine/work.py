@@ -76,6 +76,7 @@ def run(engine: Engine, board: Board, call: Call) -> Generator[list[RequestOutpu
             for request in _take(engine, board, call, lengths, len(pending)):
                 engine.add(request, stream=call.stream)
                 pending.add(request.request_id)
+            engine.scheduler.admission.num_elsewhere = board.left
             if engine.lockstep is None and not engine.has_unfinished:
                 return
             outputs = engine.step()
