@@ -60,6 +60,11 @@ FUSED = {
     ),
     "gemma3": ("Gemma3", _with(head_dim=16, sliding_window=6, query_pre_attn_scalar=20)),
     "vaultgemma": ("VaultGemma", _with(head_dim=16, sliding_window=6, query_pre_attn_scalar=20)),
+    "exaone4": (  # its full layers have no positions
+        "Exaone4",
+        _with(sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2)
+        | {"num_hidden_layers": 4},
+    ),
     "olmo2": ("Olmo2", _with()),
     "granite": (
         "Granite",
@@ -117,6 +122,41 @@ GENERAL = {
     "stablelm": ("StableLm", _with(use_qkv_bias=True, qk_layernorm=True)),
     "cohere": ("Cohere", _with(logit_scale=0.3, use_qk_norm=True)),
     "glm": ("Glm", _with(head_dim=8, partial_rotary_factor=0.5, attention_bias=True)),
+    "ministral3": (  # queries grow with the position
+        "Ministral3",
+        _with(
+            head_dim=8,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "original_max_position_embeddings": 16,
+                "llama_4_scaling_beta": 0.5,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+            },
+        ),
+    ),
+    "olmoe_clip": ("Olmoe", _with(num_experts=4, clip_qkv=2.0, **_MOE)),
+    "deepseek_v3": (  # keys wider than values
+        "DeepseekV3",
+        _with(
+            num_key_value_heads=6,
+            q_lora_rank=16,
+            kv_lora_rank=8,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=12,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            moe_intermediate_size=16,
+            first_k_dense_replace=1,
+            **_MOE,
+        ),
+    ),
     "gpt_oss": (
         "GptOss",
         _with(num_local_experts=4, sliding_window=8, head_dim=16, **_MOE),

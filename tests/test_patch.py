@@ -19,6 +19,7 @@ from torch_pd.nn.patch import (
     forward_packed,
     is_patched,
     kv_shape,
+    max_length,
     new_pool,
     patch_model,
     unpatch_model,
@@ -354,24 +355,26 @@ REFUSED = {
     "T5ForConditionalGeneration": ({"d_model": 48, "num_layers": 2, "d_kv": 8}, "encoder-decoder"),
     "BartForConditionalGeneration": ({"d_model": 48, "encoder_layers": 1}, "encoder-decoder"),
     "LlamaModel": ({"num_hidden_layers": 2, "num_attention_heads": 6}, "head"),
-    "DeepseekV3": (
+    "Gemma4": (
         {
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 8,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 12,
-            "n_routed_experts": 4,
-            "n_group": 1,
-            "topk_group": 1,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "first_k_dense_replace": 1,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "vocab_size_per_layer_input": 97,
         },
-        "16 wide and values 12",
+        "layers of several KV shapes",
+    ),
+    "Roberta": (
+        {"num_hidden_layers": 2, "num_attention_heads": 6, "is_decoder": True},
+        "given the positions 0, 1, 2",
+    ),
+    "Bart": (
+        {"d_model": 48, "decoder_layers": 3, "encoder_layers": 1},
+        "counts positions by itself",
+    ),
+    "Doge": (
+        {"num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2},
+        r"something else of its attention mask \(mask\.",
     ),
 }
 
@@ -380,7 +383,8 @@ REFUSED = {
 def test_refused(name):
     options, reason = REFUSED[name]
     prefix = next((p for p in ("Bert", "T5", "Bart", "Llama") if name.startswith(p)), name)
-    config = getattr(transformers, f"{prefix}Config")(
+    kind = "Gemma4TextConfig" if name == "Gemma4" else f"{prefix}Config"
+    config = getattr(transformers, kind)(
         **{"vocab_size": 97, "hidden_size": 48, "intermediate_size": 72, **options}
     )
     cls = getattr(transformers, name, None) or getattr(transformers, f"{name}ForCausalLM")
@@ -392,6 +396,39 @@ def test_refused(name):
     assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
     assert model.config is config
     assert model.training
+
+
+def test_a_cache_that_forgets_what_the_mask_shows_is_refused():
+    """transformers' cache makes windows of config.sliding_window alone, whatever the masks are."""
+    config = models.make_config("llama")
+    config.sliding_window = 8
+    with pytest.raises(ValueError, match=r"cache keeps 8 tokens for model\.layers\.0\.self_attn"):
+        patch_model(models.model_class("llama")(config))
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotations_that_depend_on_the_length_of_others(kind):
+    """Up to the length where transformers would rotate whole sequences otherwise."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.1, 1.3, 1.2, 1.0], "long_factor": [2.0, 4.0, 3.0, 5.0]}
+        rope["original_max_position_embeddings"] = 40
+    config = models.make_config("llama")
+    config.rope_parameters = rope
+    config.max_position_embeddings = 40 if kind == "dynamic" else 64
+    torch.manual_seed(0)
+    model = models.model_class("llama")(config).eval()
+    prompts = make_prompts()
+    want = reference(model, prompts)
+    patch_model(model)
+    assert max_length(model).length == 40
+    assert error(Packed(model, prompts).run(7), want) < 1e-4
+    ids = prompts[0][None]
+    model.generate(ids, max_new_tokens=7, min_new_tokens=7)
+    with pytest.raises(ValueError, match=f"41 tokens is too long.*rotary_emb.*{kind}.*40 tokens"):
+        model.generate(ids, max_new_tokens=9, min_new_tokens=9)
+    with pytest.raises(ValueError, match="too long"):
+        model(ids[:, :2], position_ids=torch.tensor([[39, 40]]))
 
 
 def test_errors():

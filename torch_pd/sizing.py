@@ -171,11 +171,12 @@ class Ledger:
 
 
 def fit_model_len(
-    model_max: int, asked: int | None, num_pages: int, block_size: int
+    model_max: int, asked: int | None, num_pages: int, block_size: int, reason: str = ""
 ) -> tuple[int, str | None]:
     """The longest sequence in tokens, and a remark if the pool forced it below the model's maximum.
 
-    ``num_pages`` are those of the GPU pool and, if there is one, those that the host pool holds.
+    ``num_pages`` are those of the GPU pool and, if there is one, those that the host pool holds;
+    ``reason`` says where ``model_max`` comes from.
 
     Raises:
         ValueError: ``asked`` is beyond the model's maximum or beyond what the pool holds.
@@ -185,6 +186,7 @@ def fit_model_len(
         if asked > model_max:
             raise ValueError(
                 f"max_model_len={asked} is beyond the model's maximum of {model_max} tokens"
+                + (f" ({reason})" if reason else "")
             )
         if asked > capacity:
             raise ValueError(

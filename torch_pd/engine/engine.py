@@ -33,7 +33,15 @@ from torch_pd.engine.tickets import Ticket
 from torch_pd.kv.disk import free_space
 from torch_pd.kv.host import available_memory
 from torch_pd.kv.pages import PageAllocator
-from torch_pd.nn.patch import device_of, is_patched, kv_shape, new_pool, patch_model, unpatch_model
+from torch_pd.nn.patch import (
+    device_of,
+    is_patched,
+    kv_shape,
+    max_length,
+    new_pool,
+    patch_model,
+    unpatch_model,
+)
 from torch_pd.request import Logprob, RequestOutput, SamplingParams
 from torch_pd.sizing import (
     GIB,
@@ -120,8 +128,11 @@ class Engine:
         config = self.config
         device = device_of(model)
         shape = kv_shape(model, config.block_size, config.kv_cache_dtype)
-        model_max = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        model_max = int(model_max or 1 << 30)
+        limit = max_length(model)
+        model_max = limit.length if limit is not None else 1 << 30
+        own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+        if limit is not None and limit.length < own and config.max_model_len is None:
+            logger.warning("max_model_len is at most %d: %s", limit.length, limit.reason)
         self.ledger: Ledger | None = None
         if device.type == "cuda":
             longest = -(-min(model_max, config.max_model_len or model_max) // config.block_size)
@@ -153,6 +164,7 @@ class Engine:
             config.max_model_len,
             num_pages + max(0, host_pages - 1) if self.serves else 1 << 40,
             config.block_size,
+            limit.reason if limit is not None else "",
         )
         if self.world is not None:
             self.max_model_len = min(self.world.all_gather(self.max_model_len))

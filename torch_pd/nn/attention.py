@@ -67,6 +67,8 @@ class AttentionCall:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    """Of a page: the wider one of keys and values."""
+    k_dim: int
     v_dim: int
     dtype: torch.dtype
     scale: float
@@ -84,16 +86,13 @@ class Recorder:
     names: dict[int, str]
     """Of the model's modules, by id."""
     calls: list[AttentionCall] = field(default_factory=list)
+    inside: list[int | None] = field(default_factory=list)
+    """Ids of the modules whose forwards are running, the innermost last."""
 
     def record(self, call: AttentionCall) -> None:
         """Notes a call. ValueError if its keys and values do not fit into the pages of the rest."""
         self.calls.append(call)
         first, name = self.calls[0], self.names[id(call.module)]
-        if call.v_dim != call.head_dim:
-            raise ValueError(
-                f"keys of {name} are {call.head_dim} wide and values {call.v_dim}: pages need one "
-                "width"
-            )
         shapes = [(c.num_kv_heads, c.head_dim, c.dtype) for c in (first, call)]
         if shapes[0] != shapes[1]:
             texts = [f"{heads} heads of {dim} ({dtype})" for heads, dim, dtype in shapes]
@@ -105,9 +104,23 @@ class Recorder:
 
 @dataclass
 class MaskMark:
-    """Travels through a probed model in the place of the mask that Hugging Face would build."""
+    """Travels through a probed model in the place of the mask that Hugging Face would build.
+
+    A model that looks into its mask, or computes with it, is refused by what is raised here.
+    """
 
     mask_function: Callable
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"it makes something else of its attention mask (mask.{name})")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError("it makes something else of its attention mask (mask[...])")
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None):
+        name = getattr(func, "__name__", str(func))
+        raise TypeError(f"it makes something else of its attention mask ({name})")
 
     @functools.cached_property
     def window(self) -> int:
@@ -131,7 +144,10 @@ def window_of(mask_function: Callable) -> int:
     zero = torch.tensor(0)
 
     def visible(q: int, distance: Tensor) -> Tensor:
-        seen = mask_function(zero, zero, torch.tensor(q), q - distance)
+        try:
+            seen = mask_function(zero, zero, torch.tensor(q), q - distance)
+        except IndexError as error:
+            raise ValueError("its attention mask depends on the tokens of its input") from error
         return torch.as_tensor(seen).expand(distance.shape)
 
     seen = visible(1 << 30, torch.arange(_MAX_WINDOW))
@@ -164,10 +180,11 @@ def attention_forward(
 
     Args:
         query: [1, num_heads, num_tokens, head_dim], packed tokens of the running batch.
-        key, value: [1, num_kv_heads, num_tokens, head_dim]; written into the KV pages.
+        key, value: [1, num_kv_heads, num_tokens, head_dim]; written into the KV pages. The narrower
+            of the two is filled up with zeros there, which change nothing.
 
     Returns:
-        [1, num_tokens, num_heads, head_dim] and None (attention weights are never made).
+        [1, num_tokens, num_heads, width of value] and None (attention weights are never made).
 
     Raises:
         ValueError: an argument asks for what paged attention does not do.
@@ -187,13 +204,20 @@ def attention_forward(
         raise ValueError(f"{type(module).__name__} is not causal")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     soft_cap = float(softcap or 0.0)
+    k_dim, v_dim = key.shape[3], value.shape[3]
+    if k_dim != v_dim:
+        width = max(k_dim, v_dim)
+        query, key, value = (
+            nn.functional.pad(x, (0, width - x.shape[3])) for x in (query, key, value)
+        )
     if isinstance(slot, Recorder):
         call = AttentionCall(
             module=module,
             num_heads=query.shape[1],
             num_kv_heads=key.shape[1],
             head_dim=key.shape[3],
-            v_dim=value.shape[3],
+            k_dim=k_dim,
+            v_dim=v_dim,
             dtype=key.dtype,
             scale=scale,
             soft_cap=soft_cap,
@@ -226,7 +250,7 @@ def attention_forward(
             soft_cap=soft_cap,
             sinks=None if s_aux is None else s_aux.detach().float().contiguous(),
         )
-    return out.unsqueeze(0), None
+    return out[None, :, :, :v_dim], None
 
 
 def _probed_window(mask: Any, sliding_window: int | None) -> int:

@@ -110,6 +110,14 @@ def forward(model: PreTrainedModel, *args, **kwargs) -> Any:
             flat = flat[real.to(flat.device)]
         if positions is not None:
             counted = _check_positions(positions, num_rows, length).flatten()[real.to(flat.device)]
+        longest = max(cache.lengths)
+        if state.limit is not None and positions is not None:
+            longest = max(longest, int(positions.max()) + 1)
+        if state.limit is not None and longest > state.limit.length:
+            raise ValueError(
+                f"a sequence of {longest} tokens is too long for {type(model).__name__} patched by "
+                f"torch_pd: {state.limit.reason}"
+            )
         output = run(
             state,
             model,
@@ -205,9 +213,13 @@ def _columns(mask: Any, cache: PagedCache, num_rows: int, length: int) -> Tensor
             f"attention_mask is {what}; pages take 2-D masks [batch, length] of 0 and 1 only"
         )
     if mask.shape != (num_rows, seen + length):
+        hint = ""
+        if not seen and mask.shape[1] > length:
+            # Phi3 does so in generate where its rotation may change, and has lost them then.
+            hint = "; if the model has dropped its cache, the tokens before are lost"
         raise ValueError(
             f"attention_mask is {list(mask.shape)}, expected {[num_rows, seen + length]}: "
-            f"{seen} columns in past_key_values and {length} new ones"
+            f"{seen} columns in past_key_values and {length} new ones{hint}"
         )
     mask = mask.to("cpu", torch.bool)
     if seen and not torch.equal(mask[:, :seen], cache.columns):

@@ -20,6 +20,7 @@ from torch_pd.nn.attention import AttentionCall, AttentionSlot, Pass
 from torch_pd.nn.probe import (
     BLOCK_SIZE,
     LENGTHS,
+    Limit,
     Probe,
     ProbedLayer,
     Undo,
@@ -61,6 +62,8 @@ class PatchState:
     """Hugging Face's own forward of the model, unbound."""
     signature: inspect.Signature
     """Of that forward, without self."""
+    limit: Limit | None = None
+    """Of sequences, below the model's own maximum."""
     flow: block.Flow = field(default_factory=block.Flow)
     paths: list[ModulePath] = field(default_factory=list)
     undo: list[Undo] = field(default_factory=list)
@@ -122,6 +125,7 @@ def patch_model(
             num_layers=len(probe.layers),
             forward=_unbound_forward(model),
             signature=inspect.signature(model.forward),
+            limit=probe.limit,
             undo=undo,
         )
         _patch_layers(model, state, probe)
@@ -226,6 +230,15 @@ def new_logits(model: nn.Module, rows: int) -> Tensor | None:
     return head.weight.new_empty((rows, head.weight.shape[0]))
 
 
+def max_length(model: nn.Module) -> Limit | None:
+    """The longest sequence that a patched model takes; None if it names none."""
+    state = patch_state(model)
+    config: Any = cast(PreTrainedModel, model).config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None)
+    own = Limit(int(longest), "max_position_embeddings") if longest else None
+    return min(filter(None, (own, state.limit)), key=lambda limit: limit.length, default=None)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model runs: as its parameters, but for those on meta (their values are pooled)."""
     devices = [parameter.device for parameter in model.parameters()]
@@ -259,7 +272,7 @@ def _patch_layers(model: PreTrainedModel, state: PatchState, probe: Probe) -> No
                 raise NotRecognised("no decoder layer around it")
             if shared & {id(parameter) for parameter in layer.parameters()}:
                 raise NotRecognised("its parameters are used elsewhere as well")
-            fused = recognise(layer, call, index, state.running)
+            fused = recognise(layer, call, index, state.running, probe.functions)
             undo_layer: list[Undo] = []
             _install(undo_layer, layer, fused)
             fits, remark = _verify(found, fused, probe.running, state.running)
@@ -338,7 +351,7 @@ def _check_logits(model: PreTrainedModel, probe: Probe) -> None:
     pool = new_pool(model, 1 + len(LENGTHS), BLOCK_SIZE, "auto")
     middle = [length // 2 + 1 for length in LENGTHS]
     for starts, ends in (([0] * len(LENGTHS), middle), (middle, LENGTHS)):
-        ids, positions = tokens(model, starts, ends)
+        ids, positions = tokens(model, starts, ends, probe.starts)
         batch = batch_of(starts, ends, pool.device)
         select = torch.arange(len(ids), device=pool.device)
         got = forward_packed(model, pool, batch, ids, positions, select)
@@ -355,7 +368,8 @@ def _check_logits(model: PreTrainedModel, probe: Probe) -> None:
             raise refuse(
                 model,
                 f"over KV pages its logits are off by {off.median():.1e} of the largest; it "
-                "carries more from token to token than the keys and values of its attention",
+                "carries more from token to token than the keys and values of its attention, or "
+                "counts positions by itself",
             )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -53,6 +53,19 @@ class Probe:
     running: Pass
     logits: Tensor | None = None
     """[num_tokens, vocab] of the probe sequences, one at a time through transformers' own code."""
+    functions: dict[int, set[str]] = field(default_factory=dict)
+    """Of torch, that the forward of a module called itself, by the module's id."""
+    limit: "Limit | None" = None
+    starts: Sequence[int] = (0, 0)
+    """First positions of the probe sequences."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The longest sequence that runs as transformers runs it, where that is not all of them."""
+
+    length: int
+    reason: str
 
 
 Undo = Callable[[], Any]
@@ -101,9 +114,11 @@ def probe_model(model: PreTrainedModel, undo: list[Undo]) -> Probe:
     config = model.config.get_text_config(decoder=True)
     _check_kind(model, config)
     AttentionInterface.register(NAME, attention_forward)
-    AttentionInterface.register(_PROBE, attention_forward)
+    AttentionInterface.register(_PROBE, _probed_attention)
     AttentionMaskInterface.register(_PROBE, make_mark)
     configs = _own_configs(model, undo)
+    limit = _limit(model)
+    firsts = _first_positions(config, limit)
     on_meta = _embedding(model).is_meta
     experts = [own._experts_implementation_internal for own in configs]
     if on_meta:
@@ -111,10 +126,10 @@ def probe_model(model: PreTrainedModel, undo: list[Undo]) -> Probe:
             own._experts_implementation_internal = "batched_mm"
     try:
         # Eager attention is the reference: sdpa leaves soft-caps out.
-        logits = None if on_meta else _reference(model, configs)
+        logits = None if on_meta else _reference(model, configs, firsts)
         _set_attention(configs, _PROBE)
-        probe = _record(model)
-        probe.logits = logits
+        probe = _record(model, firsts)
+        probe.logits, probe.limit, probe.starts = logits, limit, firsts
     finally:
         for own, implementation in zip(configs, experts, strict=True):
             own._experts_implementation_internal = implementation
@@ -128,14 +143,60 @@ def _set_attention(configs: list[PretrainedConfig], name: str) -> None:
         config._attn_implementation_internal = name
 
 
-def _reference(model: PreTrainedModel, configs: list[PretrainedConfig]) -> Tensor:
+def _limit(model: nn.Module) -> Limit | None:
+    """Where a rotation begins to depend on the longest sequence of a pass, and so on the others.
+
+    "longrope" rotates all of a sequence by other frequencies once it is longer than its limit,
+    "dynamic" by frequencies of its length.
+    """
+    limits = []
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer_type, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
+                continue
+            rope = module.config.rope_parameters
+            rope = rope if layer_type is None else rope[layer_type]
+            length = module.config.max_position_embeddings
+            if kind == "longrope":
+                length = rope["original_max_position_embeddings"]
+            limits.append(
+                Limit(
+                    int(length),
+                    f"{name} ({kind}) rotates whole sequences otherwise beyond {length} tokens",
+                )
+            )
+    return min(limits, key=lambda limit: limit.length, default=None)
+
+
+def _first_positions(config: PretrainedConfig, limit: Limit | None) -> Sequence[int]:
+    """The second probe sequence lies as far back as a position can be: what depends on positions
+    shows there."""
+    longest = getattr(config, "max_position_embeddings", None) or 0
+    if limit is not None:
+        longest = min(longest, limit.length)
+    return 0, max(0, longest - LENGTHS[1])
+
+
+def _reference(
+    model: PreTrainedModel, configs: list[PretrainedConfig], firsts: Sequence[int]
+) -> Tensor:
     _set_attention(configs, "eager")
     rows = []
     with torch.no_grad(), _explained(model, "its forward pass with eager attention failed"):
         for row, length in enumerate(LENGTHS):
             starts, ends = [0] * len(LENGTHS), [0] * len(LENGTHS)
             ends[row] = length
-            rows.append(_run(model, starts, ends))
+            rows.append(_run(model, starts, ends, firsts))
+        ids, _ = tokens(model, [0, 0], [LENGTHS[0], 0], firsts)
+        plain = model(input_ids=ids[None], use_cache=False).logits[0]
+    off = (plain.float() - rows[0].float()).abs().max() / rows[0].float().abs().max()
+    if bool(off > (1e-3 if plain.dtype == torch.float32 else 0.1)):
+        raise refuse(
+            model,
+            "transformers computes something else when it is given the positions 0, 1, 2, ... and "
+            f"a mask of ones than without (off by {off:.1e} of the largest logit)",
+        )
     return torch.cat(rows)
 
 
@@ -192,27 +253,53 @@ def _own_configs(model: PreTrainedModel, undo: list[Undo]) -> list[PretrainedCon
     return list(copies.values())
 
 
-class _MetaIsFalse(TorchFunctionMode):
-    """Lets code that asks ``if tensor:`` (lengths against a limit) pass on meta."""
+@dataclass
+class _Watch(TorchFunctionMode):
+    """Notes which functions of torch the forward of each module calls by itself.
+
+    And lets code that asks ``if tensor:`` (lengths against a limit) pass on meta.
+    """
+
+    inside: list[int | None]
+    functions: dict[int, set[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        module = self.inside[-1] if self.inside else None
+        if module is not None:
+            self.functions.setdefault(module, set()).add(getattr(func, "__name__", str(func)))
         if func is Tensor.__bool__ and args[0].is_meta:
             return False
         return func(*args, **(kwargs or {}))
 
 
-def _record(model: PreTrainedModel) -> Probe:
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+def _probed_attention(module: nn.Module, *args, **kwargs) -> tuple[Tensor, None]:
+    """`attention_forward` of the probe, whose own calls of torch are not the module's."""
+    recorder = module.__dict__.get("_torch_pd")
+    inside = recorder.inside if isinstance(recorder, Recorder) else []
+    inside.append(None)
+    try:
+        return attention_forward(module, *args, **kwargs)
+    finally:
+        inside.pop()
+
+
+def _record(model: PreTrainedModel, firsts: Sequence[int]) -> Probe:
     device = _embedding(model).device
     running = Pass(batch=batch_of([0] * len(LENGTHS), LENGTHS, device))
 
-    def new_pool(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVPool:
+    def new_pool(
+        num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_layers: int = 1
+    ) -> KVPool:
         return KVPool(
             1 + len(LENGTHS), num_layers, BLOCK_SIZE, num_kv_heads, head_dim, dtype, device
         )
 
     names = {id(module): name for name, module in model.named_modules()}
     recorder = Recorder(running, new_pool, names)
+    watch = _Watch(recorder.inside)
     by_module: dict[int, ProbedLayer] = {}
     layers: list[ProbedLayer] = []
     hooks = []
@@ -223,9 +310,16 @@ def _record(model: PreTrainedModel) -> Probe:
     def after(module: nn.Module, args: tuple, output: Any) -> None:
         by_module[id(module)].output = output
 
+    def enter(module: nn.Module, args: tuple) -> None:
+        recorder.inside.append(id(module))
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        recorder.inside.pop()
+
     modules = list(model.modules())
     for module in modules:
         module.__dict__["_torch_pd"] = recorder
+        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     # The layers are known only after attention was called, so all candidates are watched.
     for parent in modules:
         if isinstance(parent, nn.ModuleList):
@@ -236,10 +330,10 @@ def _record(model: PreTrainedModel) -> Probe:
     try:
         with (
             torch.no_grad(),
-            _MetaIsFalse(),
+            watch,
             _explained(model, "its forward pass over pages failed"),
         ):
-            _run(model, [0] * len(LENGTHS), LENGTHS)
+            _run(model, [0] * len(LENGTHS), LENGTHS, firsts)
     finally:
         for hook in hooks:
             hook.remove()
@@ -261,7 +355,10 @@ def _record(model: PreTrainedModel) -> Probe:
                 found.output if found else None,
             )
         )
-    return Probe(layers, running)
+    if running.pool is not None:
+        first = recorder.calls[0]
+        running.pool = new_pool(first.num_kv_heads, first.head_dim, first.dtype, len(layers))
+    return Probe(layers, running, functions=watch.functions)
 
 
 def _layer_around(model: nn.Module, name: str) -> str | None:
@@ -278,10 +375,12 @@ def _embedding(model: PreTrainedModel) -> Tensor:
     return model.get_input_embeddings().get_parameter("weight")
 
 
-def _run(model: PreTrainedModel, starts: Sequence[int], ends: Sequence[int]) -> Tensor:
+def _run(
+    model: PreTrainedModel, starts: Sequence[int], ends: Sequence[int], firsts: Sequence[int]
+) -> Tensor:
     """Plain forward over those tokens of the two sequences, packed; logits [num_tokens, vocab]."""
     device = _embedding(model).device
-    ids, positions = tokens(model, starts, ends)
+    ids, positions = tokens(model, starts, ends, firsts)
     ones = torch.ones(1, len(ids), dtype=torch.int64, device=device)
     # The mask of ones keeps Hugging Face from looking for packed sequences in the positions.
     output = model(
@@ -291,14 +390,15 @@ def _run(model: PreTrainedModel, starts: Sequence[int], ends: Sequence[int]) -> 
 
 
 def tokens(
-    model: PreTrainedModel, starts: Sequence[int], ends: Sequence[int]
+    model: PreTrainedModel, starts: Sequence[int], ends: Sequence[int], firsts: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Ids and positions of tokens ``starts[i]:ends[i]`` of probe sequence i, packed."""
-    positions = torch.cat([torch.arange(a, b) for a, b in zip(starts, ends, strict=True)])
+    places = torch.cat([torch.arange(a, b) for a, b in zip(starts, ends, strict=True)])
     rows = torch.tensor([b - a for a, b in zip(starts, ends, strict=True)])
     row = torch.arange(len(rows)).repeat_interleave(rows)
     weight = _embedding(model)
-    ids = (positions * 7 + row * 31 + 3) % weight.shape[0]
+    ids = (places * 7 + row * 31 + 3) % weight.shape[0]
+    positions = places + torch.tensor(firsts)[row]
     return ids.to(weight.device), positions.to(weight.device)
 
 
@@ -327,9 +427,20 @@ def _check_layers(model: PreTrainedModel, config: PretrainedConfig, probe: Probe
     if len(set(modules)) != len(modules):
         twice = next(p for p in probe.layers if modules.count(id(p.call.module)) > 1)
         raise refuse(model, f"{twice.attention_name} calls attention more than once a pass")
-    if len(calls) != config.num_hidden_layers:
+    # The decoder of an encoder-decoder, alone, has another count than its config's first.
+    expected = getattr(config, "decoder_layers", None) or config.num_hidden_layers
+    if len(calls) != expected:
         raise refuse(
             model,
-            f"only {len(calls)} of its {config.num_hidden_layers} layers call attention "
+            f"only {len(calls)} of its {expected} layers call attention "
             f"({', '.join(layer.attention_name for layer in probe.layers[:3])}, ...)",
         )
+    for layer, cached in zip(probe.layers, DynamicCache(config=model.config).layers, strict=False):
+        window = getattr(cached, "sliding_window", None) or 0
+        if window != layer.call.window:
+            raise refuse(
+                model,
+                f"transformers' cache keeps {window or 'all'} tokens for "
+                f"{layer.attention_name}, whose mask shows {layer.call.window or 'all'}: its "
+                "result with a cache is another than without",
+            )

@@ -5,7 +5,7 @@ it. Class names play no part.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,26 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+_FUNCTIONS = set(
+    "__get__ __getitem__ __len__ size dim view view_as reshape flatten unflatten transpose permute "
+    "squeeze unsqueeze expand repeat_interleave contiguous clone to type type_as float half "
+    "bfloat16 chunk split narrow unbind cat stack add add_ sub rsub neg mul mul_ multiply "
+    "dropout".split()
+)
+"""Of torch, that a layer, an attention or an MLP may call by itself and still be one of ours."""
+
+
 class NotRecognised(Exception):
     """Why a layer keeps Hugging Face's forward."""
 
 
-def recognise(layer: nn.Module, call: AttentionCall, index: int, running: Pass) -> FusedBlock:
+def recognise(
+    layer: nn.Module,
+    call: AttentionCall,
+    index: int,
+    running: Pass,
+    functions: Mapping[int, set[str]],
+) -> FusedBlock:
     """The fused block of a decoder layer. Merges no weights yet if it fails.
 
     Args:
@@ -46,6 +61,7 @@ def recognise(layer: nn.Module, call: AttentionCall, index: int, running: Pass) 
         call: what its attention module passed to the attention function when probed.
         index: of the layer in the KV pool.
         running: the pass that the block will read.
+        functions: of torch, that each module called itself when probed, by its id.
 
     Raises:
         NotRecognised: with the reason.
@@ -57,6 +73,8 @@ def recognise(layer: nn.Module, call: AttentionCall, index: int, running: Pass) 
     if len(dtypes) != 1:
         raise NotRecognised(f"parameters of several dtypes: {sorted(map(str, dtypes))}")
     _check_plain("", layer)
+    for name, module in (("the layer", layer), ("attention", call.module)):
+        _check_functions(name, module, functions)
     norms: dict[str, nn.Module] = {}
     others: dict[str, nn.Module] = {}
     for name, child in children.items():
@@ -75,8 +93,8 @@ def recognise(layer: nn.Module, call: AttentionCall, index: int, running: Pass) 
     for name, place in zip(sorted(norms), places, strict=True):
         slots[place] = recognise_norm(name, norms[name])
     (mlp_module,) = others.values()
-    build_attention = _recognise_attention(call, index, running)
-    build_mlp = _recognise_mlp(mlp_module)
+    build_attention = _recognise_attention(call, index, running, functions)
+    build_mlp = _recognise_mlp(mlp_module, functions)
     multiplier = getattr(layer, "residual_multiplier", 1.0)
     pre_attention, post_attention, pre_mlp, post_mlp = slots
     return FusedBlock(
@@ -99,6 +117,13 @@ def _check_plain(name: str, module: nn.Module) -> None:
         raise NotRecognised(f"{name or 'the layer'} has hooks or a forward of its own")
 
 
+def _check_functions(name: str, module: nn.Module, functions: Mapping[int, set[str]]) -> None:
+    """What a few tokens do not show, such as the clamping of large values, shows in the calls."""
+    others = functions.get(id(module), set()) - _FUNCTIONS
+    if others:
+        raise NotRecognised(f"{name} calls {', '.join(sorted(others))}")
+
+
 def _linears(parent: nn.Module, names: Iterable[str]) -> list[nn.Linear] | None:
     """The named children if all are there as plain nn.Linear, biased all or none."""
     found = [parent._modules.get(name) for name in names]
@@ -118,11 +143,13 @@ def _check_complete(name: str, parent: nn.Module, parts: list[nn.Module]) -> Non
 
 
 def _recognise_attention(
-    call: AttentionCall, index: int, running: Pass
+    call: AttentionCall, index: int, running: Pass, functions: Mapping[int, set[str]]
 ) -> Callable[[], FusedAttention]:
     module = call.module
     if call.sinks:
         raise NotRecognised("attention has sinks")
+    if call.k_dim != call.v_dim:
+        raise NotRecognised("keys and values of different width")
     sizes = [heads * call.head_dim for heads in (call.num_heads, *[call.num_kv_heads] * 2)]
     qkv = _linears(module, ("q_proj", "k_proj", "v_proj"))
     if qkv is None:
@@ -155,8 +182,8 @@ def _recognise_attention(
         scale=call.scale,
         soft_cap=call.soft_cap,
         window=call.window,
-        # SmolLM3 leaves some layers without positions.
-        rotary=bool(getattr(module, "use_rope", True)),
+        # Some layers are left without positions (SmolLM3, EXAONE 4): they do not turn halves.
+        rotary="neg" in functions.get(id(module), {"neg"}),
         qkv=MergedLinear(qkv),
         o=out[0],
         q_norm=q_norm,
@@ -164,8 +191,11 @@ def _recognise_attention(
     )
 
 
-def _recognise_mlp(module: nn.Module) -> Callable[[], FusedMLP | ForeignMLP]:
+def _recognise_mlp(
+    module: nn.Module, functions: Mapping[int, set[str]]
+) -> Callable[[], FusedMLP | ForeignMLP]:
     try:
+        _check_functions("it", module, functions)
         return _recognise_gated_mlp(module)
     except NotRecognised as error:
         reason = str(error)
@@ -188,7 +218,7 @@ def _recognise_gated_mlp(module: nn.Module) -> Callable[[], FusedMLP]:
 
 
 def _activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
-    x = torch.linspace(-6, 6, 97)
+    x = torch.cat([torch.linspace(-6, 6, 97), torch.tensor([-1e3, -50.0, -9.0, 9.0, 50.0, 1e3])])
     with torch.no_grad():
         y = function(x)
     for name, formula in _ACTIVATIONS.items():

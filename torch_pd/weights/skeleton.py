@@ -35,9 +35,21 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def build_skeleton(config: Any, dtype: torch.dtype) -> "PreTrainedModel":
-    """The causal LM of a Hugging Face config, in eval mode: parameters on meta, buffers real."""
+    """The causal LM of a Hugging Face config, in eval mode: parameters on meta, buffers real.
+
+    Raises:
+        ValueError: transformers has none of this config.
+    """
     from transformers import AutoModelForCausalLM
 
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        named = (
+            f" (architectures: {', '.join(config.architectures)})" if config.architectures else ""
+        )
+        raise ValueError(
+            f"{config.model_type!r}{named} is no causal language model of transformers: "
+            f"AutoModelForCausalLM does not know {type(config).__name__}"
+        )
     with _parameters_on_meta():
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
