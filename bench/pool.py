@@ -2,13 +2,15 @@
 
     torchrun --nproc-per-node 4 bench/pool.py linears [--rows 16 64 256 512] [--json FILE]
     torchrun --nproc-per-node 4 bench/pool.py exchanges [--mailbox 0 1048576]
+    torchrun --nproc-per-node 4 bench/pool.py step --layers 16 [--context 512]
     python bench/pool.py generate --ranks 4 [--prompts 2048 --input 128 --output 512]
     torchrun --nproc-per-node 4 bench/pool.py profile [--prompts 2048 --layers 16]
 
 ``linears``: all linears of one step (no norms, no attention) over shards of random weights, every
 rank with the same number of rows: the exchanges with the other ranks and the parts of the linears,
 replayed as one CUDA graph. ``exchanges``: the four exchanges alone. ``--mailbox``: bytes of the
-largest message that goes by mapped memory, one after the other; 0 is NCCL alone. ``generate``: the
+largest message that goes by mapped memory, one after the other; 0 is NCCL alone. ``step``: a whole
+decoding step of a model but for the draw, all sequences of ``--context`` tokens. ``generate``: the
 LLM with random weights and prompts, lengths uniform within 50% of the mean; the ranks are spawned,
 or are torchrun's. ``profile``: the same, and what the kernels of the last decoding steps take on
 rank 0. Without GPUs all else runs on the CPU over gloo; give a small ``--shape``.
@@ -32,8 +34,12 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from torch_pd import LLM, SamplingParams
+from torch_pd.config import EngineConfig
+from torch_pd.context import Batch, GroupBatch
 from torch_pd.nn.attention import Pass
-from torch_pd.nn.pooled import PooledAttention, PooledMLP, Shared
+from torch_pd.nn.patch import forward_packed, new_pool, patch_state
+from torch_pd.nn.pooled import PooledAttention, PooledMLP, Shared, new_logits, pool_model
+from torch_pd.nn.pooled_model import load_pooled
 from torch_pd.weights.layout import ModelDims, make_layout
 from torch_pd.weights.mailbox import LIMIT, Mailbox
 from torch_pd.weights.pool import WeightPool
@@ -180,6 +186,46 @@ def exchanges(
                 times = {key: ms / repeats for key, ms in timer(many, 10).items()}
                 found.append({"what": name, "rows": count, **times})
                 show(exchange, found[-1])
+    return found
+
+
+def steps(
+    args: argparse.Namespace, exchange: Exchange, timer: Timer, rows: list[int], boxes: Boxes
+) -> list[dict]:
+    config = EngineConfig(load_format="dummy", weights="pooled")
+    folder = folder_of(args.shape, args.layers, args.max_len)
+    device = timer.device
+    model, weights = load_pooled(folder, config, exchange.rank, exchange.size, device)
+    pool_model(model, weights, exchange)
+    running = patch_state(model).running
+    width = -(-args.context // config.block_size)
+    pool = new_pool(model, 1 + max(rows) * width, config.block_size)
+    for layer in map(pool.layer, range(len(weights.layers))):
+        layer.k.normal_()
+        layer.v.normal_()
+    order = torch.randperm(max(rows) * width, device=device).int() + 1
+    logits = new_logits(model, max(rows))
+    last, offset = divmod(args.context - 1, config.block_size)
+    found = []
+    for count in rows:
+        tables = order[: count * width].view(count, width)
+        batch = Batch(
+            num_tokens=count,
+            max_query_len=1,
+            query_start=torch.arange(count + 1, device=device, dtype=torch.int32),
+            seq_lens=torch.full((count,), args.context, device=device, dtype=torch.int32),
+            groups=(GroupBatch(tables, tables[:, last].long() * config.block_size + offset),),
+        )
+        ids = torch.randint(SHAPES[args.shape].vocab_size, (count,), device=device)
+        at = torch.full((count,), args.context - 1, device=device)
+        running.rows = running.head_rows = [count] * exchange.size
+
+        def step(batch: Batch = batch, ids: Tensor = ids, at: Tensor = at) -> None:
+            forward_packed(model, pool, batch, ids, at, None, logits)
+
+        for exchange.mailbox in boxes:
+            found.append({"what": "step", "rows": count, **timer(step)})
+            show(exchange, found[-1])
     return found
 
 
@@ -338,7 +384,8 @@ def show(exchange: Exchange, row: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="+", choices=["linears", "exchanges", "generate", "profile"])
+    kinds = ["linears", "exchanges", "step", "generate", "profile"]
+    parser.add_argument("what", nargs="+", choices=kinds)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-32b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 256, 512])
@@ -354,6 +401,7 @@ def main() -> None:
     parser.add_argument(
         "--mailbox", type=int, nargs="+", default=[0, LIMIT], help="largest message"
     )
+    parser.add_argument("--context", type=int, default=512, help="step: tokens of a sequence")
     parser.add_argument("--no-eager", action="store_true", help="graphs only")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -386,6 +434,9 @@ def main() -> None:
         print(f"{exchange.size}x {name}, torch {torch.__version__}, {args.shape} {dims}")
     results = []
     for what in args.what:
+        if what == "step":
+            results += steps(args, exchange, timer, args.rows, boxes)
+            continue
         run = linears if what == "linears" else exchanges
         results += run(dims, exchange, timer, args.rows, boxes)
     if args.json and exchange.rank == 0:
