@@ -8,7 +8,7 @@ from test_ring import DIMS, filled_pools, make_ring
 
 from torch_pd.costs import Costs, Machine
 from torch_pd.weights.choice import MARGIN, Choice
-from torch_pd.weights.machine import machine_of
+from torch_pd.weights.machine import _beside, machine_of
 
 
 def choice(mode="auto", shards=4):
@@ -78,6 +78,19 @@ def test_constants_are_measured_once(tmp_path):
     path.write_text('{"speed": 1}')
     assert machine_of(ring, ring.device, alone, tmp_path).link_bandwidth > 123
     ring.close()
+
+
+def test_what_pull_and_linears_cost_each_other():
+    """Measured on GPUs alone; here only that the passes run, and leave the ring in order."""
+    ring = make_ring(filled_pools(DIMS, 3), 1)
+    met = []
+    found = _beside(ring, 1e9, lambda value: met.append(value) or [value])
+    assert set(found) == {"contention", "pull_loss"}
+    assert all(value >= 0 for value in found.values())
+    ring.run_through()
+    ring.close()
+    assert _beside(None, 1e9, met.append) == {"contention": 0.0, "pull_loss": 0.0}
+    assert len(met) == 4  # every rank meets the others as often
 
 
 def test_report():

@@ -66,8 +66,8 @@ def test_what_fits_in_no_way_is_refused_later(tmp_path, world, caplog):
 
 def test_a_model_that_cannot_be_shared_is_replicated(tmp_path, world, caplog):
     path = folder(
-        tmp_path, architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox", hidden_size=8192,
-        intermediate_size=32768, num_hidden_layers=48, num_attention_heads=64, vocab_size=50432,
+        tmp_path, architectures=["CohereForCausalLM"], model_type="cohere", hidden_size=8192,
+        intermediate_size=22528, num_hidden_layers=40, num_attention_heads=64, vocab_size=256000,
     )  # fmt: skip
     config = follow_plan(path, EngineConfig(load_format="dummy", dtype="bfloat16"), world(76))
     assert config.weights == "resident"

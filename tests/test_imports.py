@@ -23,7 +23,6 @@ ORDER = [
     ["dist", "launch"],
     ["sizing"],
     ["costs"],
-    ["planner"],
     ["context"],
     ["kv", "weights"],
     ["nn"],

@@ -6,14 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from shapes import QWEN3_32B
 
-from torch_pd import planner
-from torch_pd.config import EngineConfig
 from torch_pd.nn.linear import linear_in_parts
 from torch_pd.weights.layout import LINEARS, ModelDims, make_layout
 from torch_pd.weights.pool import WeightPool
-from torch_pd.weights.ring import Ring, default_ring_bytes, plan_ring, ring_items
+from torch_pd.weights.ring import Ring, plan_ring, ring_items
 from torch_pd.weights.source import Matrix, Resident
 
 DIMS = ModelDims(
@@ -52,17 +49,6 @@ def test_a_ring_of_two_layers_lets_a_whole_layer_run_ahead():
 def test_too_small_a_ring():
     with pytest.raises(ValueError, match=r"too small for the largest matrix of 1,073,741,825"):
         plan_ring([10, (1 << 30) + 1], 1 << 30)
-
-
-def test_the_planner_knows_the_size_of_the_ring():
-    shape = QWEN3_32B
-    dims = ModelDims(
-        shape.num_layers, shape.hidden, shape.num_heads, shape.num_kv_heads, shape.head_dim,
-        shape.intermediate, shape.vocab, shape.itemsize,
-    )  # fmt: skip
-    for ranks in (2, 4, 8):
-        memory = planner.memory_of("stream", shape, EngineConfig(), ranks)
-        assert memory["ring"] == default_ring_bytes(make_layout(dims, ranks), 1)
 
 
 def filled_pools(dims, size, **layout):

@@ -12,9 +12,9 @@ from torch_pd.config import EngineConfig
 from torch_pd.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
+    from torch_pd.engine.planner import plan
     from torch_pd.llm import LLM
     from torch_pd.nn.patch import patch_model, unpatch_model
-    from torch_pd.planner import plan
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ __all__ = [
 _LAZY = {
     "LLM": "torch_pd.llm",
     "patch_model": "torch_pd.nn.patch",
-    "plan": "torch_pd.planner",
+    "plan": "torch_pd.engine.planner",
     "unpatch_model": "torch_pd.nn.patch",
 }
 

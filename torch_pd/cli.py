@@ -283,7 +283,7 @@ def _bench_throughput(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from torch_pd.planner import plan
+    from torch_pd.engine.planner import plan
 
     found = plan(
         args.model,

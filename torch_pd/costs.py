@@ -5,8 +5,8 @@ The same formulas choose between streaming and shipping while a group runs and f
 
 * resident: GEMMs at the rate of the tensor cores or of reading all weights, whichever is slower,
   then attention and the rest.
-* streamed: the same, or the pull of (m - 1) / m of the weights over the link if that is slower;
-  what the copies read and write slows the GEMMs down.
+* streamed: the same, or the pull of (m - 1) / m of the weights over the link if that is slower.
+  Each slows the other down: kernels that are bound by memory the pull, the pull the others.
 * shipped: every rank computes 1 / m of each linear for the tokens of all, so it reads 1 / m of the
   weights, and pays six collectives a layer.
 """
@@ -37,9 +37,12 @@ class Machine:
     blend: float = 3.2
     """A GEMM takes (compute**p + reading**p) ** (1/p); p = infinity would be perfect overlap."""
     link_bandwidth: float = 349e9
-    """Bytes a second that a rank pulls while all others pull too, from rotated peers."""
-    contention: float = 0.65
-    """Share of the time of the copies' memory traffic that the GEMMs beside them lose."""
+    """Bytes a second that a rank pulls while all others pull too, from rotated peers, and nothing
+    else runs. Four GPUs; two: 377e9."""
+    contention: float = 0.2
+    """Share of the pull's time that kernels bound by arithmetic take longer beside it."""
+    pull_loss: float = 0.55
+    """Seconds that the pull takes longer for each second of kernels bound by memory beside it."""
     collective_bandwidth: float = 400e9
     """Bytes a second that a rank receives in large collectives."""
     collective_seconds: float = 12e-6
@@ -166,12 +169,28 @@ class Costs:
 
     def stream(self, step: Step) -> float:
         """Weights pulled through the ring beside the computation; launched from the host."""
-        shape, machine, m = self.shape, self.machine, self.shards
-        # Written by the pull, read by the others' pulls.
-        traffic = 2 * shape.pulled_bytes * (m - 1) / m
-        slowed = machine.contention * traffic / machine.memory_bandwidth
+        machine, pull = self.machine, self.pull_seconds()
         compute = self._launched(self._linears(step, 1) + self._rest(step), step)
-        return max(self.pull_seconds() + machine.step_seconds, compute + slowed)
+        if pull == 0:
+            return compute
+        pull += machine.pull_loss * self._bound_by_memory(step) + machine.step_seconds
+        return max(pull, compute + machine.contention * self.pull_seconds())
+
+    def _bound_by_memory(self, step: Step) -> float:
+        """Seconds of a whole copy's kernels that use all of the memory's bandwidth. Of GEMMs that
+        compute about as long as they read it is some."""
+        shape, machine = self.shape, self.machine
+        seconds = step.kv_tokens * self._kv_token_bytes / machine.kv_bandwidth
+        seconds += self._elementwise(step)
+        for rows, params in (
+            (step.tokens, shape.layer_params),
+            (step.samples, shape.head_params),
+        ):
+            reading = params * shape.itemsize / machine.weight_bandwidth
+            computing = 2 * rows * params / machine.flops
+            if rows and params:
+                seconds += reading / (1 + (computing / reading) ** 2)
+        return seconds
 
     def ship(self, step: Step, ranks: int | None = None) -> float:
         """Activations sent to the shards and back; all ranks have as many rows as this one.
@@ -229,14 +248,21 @@ class Costs:
         """Attention and elementwise ops."""
         shape, machine = self.shape, self.machine
         per_pair = 4 * shape.num_heads * shape.head_dim * shape.num_layers
-        kv_token = self.kv_token_bytes or shape.kv_token_bytes
-        width = 8 * shape.hidden + 2 * shape.qkv_width + 3 * shape.intermediate
-        elementwise = step.tokens * width * shape.itemsize * shape.num_layers
         return (
             step.pairs * per_pair / machine.attention_flops
-            + step.kv_tokens * kv_token / machine.kv_bandwidth
-            + elementwise / machine.memory_bandwidth
+            + step.kv_tokens * self._kv_token_bytes / machine.kv_bandwidth
+            + self._elementwise(step)
         )
+
+    def _elementwise(self, step: Step) -> float:
+        shape = self.shape
+        width = 8 * shape.hidden + 2 * shape.qkv_width + 3 * shape.intermediate
+        nbytes = step.tokens * width * shape.itemsize * shape.num_layers
+        return nbytes / self.machine.memory_bandwidth
+
+    @property
+    def _kv_token_bytes(self) -> int:
+        return self.kv_token_bytes or self.shape.kv_token_bytes
 
     def _launched(self, seconds: float, step: Step) -> float:
         """The device's time, or the host's if it cannot launch as fast."""

@@ -20,7 +20,7 @@ from torch_pd.engine.draw import derive_seed
 from torch_pd.engine.inflight import InFlight, Output, Request
 from torch_pd.engine.limits import Limits
 from torch_pd.engine.lockstep import Lockstep
-from torch_pd.engine.memory import PROMPT_LOGPROB_TOKENS, foresee
+from torch_pd.engine.memory import foresee
 from torch_pd.engine.report import Report, memory_line, memory_table
 from torch_pd.engine.runner import NONE, Runner
 from torch_pd.engine.sampler import Sampler
@@ -30,6 +30,7 @@ from torch_pd.engine.sequence import Sequence, Status
 from torch_pd.engine.stage import Stage
 from torch_pd.engine.streaming import Streaming
 from torch_pd.engine.tickets import Ticket
+from torch_pd.engine.trial import PROMPT_LOGPROB_TOKENS
 from torch_pd.kv.disk import free_space
 from torch_pd.kv.host import available_memory
 from torch_pd.kv.pages import PageAllocator

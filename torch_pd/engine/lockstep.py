@@ -32,6 +32,36 @@ class CommonStep:
         return tuple(max(1, n) for n in self.tokens), tuple(m if n else 1 for n, m in pairs)
 
 
+class Gate:
+    """When the ranks of a group start new sequences.
+
+    A step in which one rank reads a prompt is no plain decoding step for any rank. So all start
+    new ones in the same steps: every so often, where many rows are free, and as long as others do.
+    """
+
+    def __init__(self) -> None:
+        self._steps = self._most = 0
+        self._mixed = False
+
+    def opens(self, running: int) -> bool:
+        """Whether a rank with so many running sequences may start new ones in its next step."""
+        self._most = max(self._most, running)
+        often = self._steps % _ADMIT_EVERY == 0
+        opens = self._mixed or often or running * 8 <= self._most * 7
+        if opens:
+            self._most = running
+        return opens
+
+    def note(self, mixed: bool) -> None:
+        """Notes a common step; ``mixed``: a rank read a prompt in it."""
+        self._steps += 1
+        self._mixed = mixed
+
+    def rest(self) -> None:
+        """No rank has anything to do."""
+        self._steps = self._most = 0
+
+
 class Lockstep:
     """Votes for one step after the other; every rank of the group calls `agree` for each.
 
@@ -45,8 +75,7 @@ class Lockstep:
 
     def __init__(self, board: Board, queue: Board) -> None:
         self._board, self._queue = board, queue
-        self._steps = self._most = 0
-        self._mixed = False
+        self._gate = Gate()
 
     @property
     def ranks(self) -> int:
@@ -54,21 +83,8 @@ class Lockstep:
         return self._board.world
 
     def admits(self, running: int) -> bool:
-        """Whether this rank may start new sequences in its next step.
-
-        A step in which one rank reads a prompt is no plain decoding step for any rank. So all start
-        new ones in the same steps: every so often, where many rows are free, and as long as others
-        do.
-
-        Args:
-            running: sequences of this rank.
-        """
-        self._most = max(self._most, running)
-        often = self._steps % _ADMIT_EVERY == 0
-        opens = self._mixed or often or running * 8 <= self._most * 7
-        if opens:
-            self._most = running
-        return opens
+        """Whether this rank, with so many running sequences, may start new ones: see `Gate`."""
+        return self._gate.opens(running)
 
     def agree(self, tokens: int, selected: int, *, decoding: bool, busy: bool) -> CommonStep | None:
         """The next common step, or None if no rank is busy and so none runs anything.
@@ -86,15 +102,15 @@ class Lockstep:
         self._board.ready(tokens << _SELECTED_BITS | selected, flags)
         commit = self._wait()
         if not commit.flags & _BUSY:
-            self._steps = self._most = 0
+            self._gate.rest()
             return None
-        self._steps += 1
-        self._mixed = bool(commit.flags & _MIXED)
+        mixed = bool(commit.flags & _MIXED)
+        self._gate.note(mixed)
         mask = (1 << _SELECTED_BITS) - 1
         return CommonStep(
             tokens=tuple(rows >> _SELECTED_BITS for rows in commit.rows),
             selected=tuple(rows & mask for rows in commit.rows),
-            decoding=not self._mixed,
+            decoding=not mixed,
         )
 
     def _wait(self) -> Commit:

@@ -5,28 +5,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from torch_pd import ops
 from torch_pd.config import EngineConfig
-from torch_pd.context import Batch, GroupBatch
-from torch_pd.engine.graphs import bucket_sizes, largest_graph
-from torch_pd.engine.logprobs import report
-from torch_pd.engine.sampler import SLICE
-from torch_pd.nn.patch import forward_packed, new_pool, patch_state
-from torch_pd.nn.pooled import new_logits, shared_of
-from torch_pd.sizing import Ledger, staging_bytes
+from torch_pd.engine.trial import Reserved, Trial, steps_staging, try_steps
+from torch_pd.nn.pooled import shared_of
+from torch_pd.sizing import Ledger
 from torch_pd.weights.ring import Ring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROMPT_LOGPROB_TOKENS = 512
-"""Tokens of a step while prompt log-probabilities are wanted: each needs a row of logits."""
 MOST_CONTEXT = 2 << 30
 """More than a context and libraries take."""
-GRAPH_BYTES = 1 << 20
-"""What the driver keeps for one captured step, beside the tensors of the graphs' pool."""
 
 
 def foresee(
@@ -47,54 +37,33 @@ def foresee(
         device: the GPU.
         serving, rank: of the ranks that run steps together, see `Runner`.
     """
-    rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
     shared = shared_of(model)
-    weights = storage_bytes(model)
-    shard = 0 if shared is None else shared.weights.arena.nbytes
-    ring = shared.source.nbytes if shared is not None and isinstance(shared.source, Ring) else 0
+    before = standing(model)
+    mailbox = before.pop("mailbox")
     torch.cuda.empty_cache()
     start = torch.cuda.memory_reserved(device)
-    mapped = shard if shared is not None and shared.weights.mapped else 0
+    mapped = before["shard"] if shared is not None and shared.weights.mapped else 0
     outside = _outside(device)
-    largest = max(min(rows, tokens), min(PROMPT_LOGPROB_TOKENS, tokens))
-    steps = _Steps(model, max_pages, serving, rank)
-    modes = steps.modes()
-    for mode in modes:
-        steps.run(mode, largest, tokens)
-    # With what the allocator rounds up to; it keeps that.
-    activations = torch.cuda.memory_reserved(device) - start
-    graphs = 0
-    if modes and modes[-1] != "stream" and not config.enforce_eager:
-        sizes = bucket_sizes(largest_graph(rows))
-        torch.cuda.reset_peak_memory_stats(device)
-        logits = new_logits(model, sizes[-1])
-        common = 0 if logits is None else logits.nbytes
-        before = torch.cuda.memory_allocated(device)
-        row = steps.run(modes[-1], sizes[-1], sizes[-1], logits)
-        peak = torch.cuda.max_memory_allocated(device) - before
-        # The captured passes and those that went before them have memory of their own; a graph
-        # keeps logits that do not lie in the common memory.
-        graphs = common + 2 * peak + sum(sizes[:-1]) * row + GRAPH_BYTES * len(sizes)
-        del logits
+    activations, graphs = try_steps(
+        Trial(model, max_pages, serving, rank), config, Reserved(device)
+    )
     total = torch.cuda.get_device_properties(device).total_memory
     others = other_processes(device)
     held = sum(size for _, _, size in others)
     # What the driver counts beside torch's allocator: context, loaded kernels, libraries.
     grown = max(0, _outside(device) - outside)
-    context = max(0, outside - mapped - held)
+    context = max(0, outside - mapped - mailbox - held)
     named = bool(others) or context <= MOST_CONTEXT
     lines = {
-        "weights": weights,
-        "shard": shard,
-        "ring": ring,
-        "other tensors": max(0, start - weights - shard + mapped - ring),
+        **before,
+        "other tensors": max(0, start + mapped - sum(before.values())),
         "activations": activations,
         "graphs": graphs,
-        "staging": 2 * staging_bytes(max(tokens, rows), rows, max_pages),
+        "staging": steps_staging(config, max_pages),
         "context" if named else "context and other processes": context
         + (grown if shared is None else 0),
         # Buffers of the collectives; and kernels that the steps have loaded.
-        "communication": 0 if shared is None else grown,
+        "communication": 0 if shared is None else grown + mailbox,
         "other processes": held,
     }
     return Ledger(
@@ -103,6 +72,20 @@ def foresee(
         lines=lines,
         others=tuple(f"{name} (pid {pid})" for pid, name, _ in others),
     )
+
+
+def standing(model: "PreTrainedModel") -> dict[str, int]:
+    """Bytes by the ledger's lines of what is there before any step has run; and of the mailbox."""
+    shared = shared_of(model)
+    shard = ring = mailbox = 0
+    if shared is not None:
+        shard = shared.weights.arena.nbytes
+        if isinstance(shared.source, Ring):
+            ring = shared.source.nbytes
+        if shared.exchange is not None and shared.exchange.mailbox is not None:
+            box = shared.exchange.mailbox
+            mailbox = box.nbytes(box.size, box.limit)
+    return {"weights": storage_bytes(model), "shard": shard, "ring": ring, "mailbox": mailbox}
 
 
 def _outside(device: torch.device) -> int:
@@ -115,96 +98,6 @@ def storage_bytes(model: torch.nn.Module) -> int:
     tensors = [x for x in (*model.parameters(), *model.buffers()) if not x.is_meta]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
-
-
-class _Steps:
-    """Runs the largest steps of a model once, to see what memory they take.
-
-    Args:
-        model, max_pages, serving, rank: see `foresee`.
-    """
-
-    def __init__(
-        self, model: "PreTrainedModel", max_pages: int, serving: Sequence[bool], rank: int
-    ) -> None:
-        self.model, self.max_pages = model, max_pages
-        self._serving, self._serves = serving, not serving or serving[rank]
-        self._state = patch_state(model)
-
-    def modes(self) -> list[str]:
-        """In which ways this rank runs steps; the last one is that of its graphs."""
-        shared = shared_of(self.model)
-        if shared is None:
-            return ["resident"]
-        modes = []
-        if shared.source is not None and self._serves:
-            modes.append("resident" if shared.weights.size == 1 else "stream")
-        if shared.exchange is not None:
-            modes.append("ship")
-        return modes
-
-    @torch.no_grad()
-    def run(self, mode: str, rows: int, tokens: int, logits: Tensor | None = None) -> int:
-        """``tokens`` tokens of ``rows`` sequences (one long, the others of one token), all of whose
-        logits are looked at; reads page 0 alone and writes nothing. If the step is shipped, every
-        rank that serves brings as much. A step that does not only decode also does what the host's
-        way of choosing needs for one slice of rows. Returns the bytes of a row of logits, 0 if
-        they lie in ``logits``.
-        """
-        running = self._state.running
-        before, running.mode = running.mode, mode
-        if mode == "ship":
-            every = [(rows, tokens) if serves else (1, 1) for serves in self._serving]
-            running.rows = [n for _, n in every]
-            running.head_rows = [min(n) for n in every]
-            if not self._state.takes_select:
-                running.head_rows = running.rows
-        try:
-            if not self._serves:
-                rows, tokens = 1, 1
-            return self._run(rows, tokens, logits)
-        finally:
-            running.mode = before
-
-    def _run(self, rows: int, tokens: int, common: Tensor | None) -> int:
-        pool = new_pool(self.model, 2)
-        device, max_pages = pool.device, self.max_pages
-        rows = min(rows, tokens)
-        longest = min(tokens - rows + 1, max_pages * pool.block_size)
-        counts = torch.ones(rows, dtype=torch.int64)
-        counts[0] = longest
-        # What one sequence may not hold goes to the next ones.
-        rest = tokens - int(counts.sum())
-        for i in range(1, rows):
-            more = min(rest, max_pages * pool.block_size - 1)
-            counts[i] += more
-            rest -= more
-        num = int(counts.sum())
-        starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-        batch = Batch(
-            num_tokens=num,
-            max_query_len=int(counts.max()),
-            query_start=starts.to(device, torch.int32),
-            seq_lens=counts.to(device, torch.int32),
-            groups=(
-                GroupBatch(
-                    block_tables=torch.zeros((rows, max_pages), dtype=torch.int32, device=device),
-                    slots=torch.full((num,), -1, device=device),
-                ),
-            ),
-        )
-        ids = torch.zeros(num, dtype=torch.int64, device=device)
-        select = None if num == rows else (starts[1:] - 1).to(device)
-        logits: Tensor = forward_packed(self.model, pool, batch, ids, ids, select, common)
-        ops.sample(logits, torch.empty(rows, dtype=torch.int64, device=device))
-        if select is not None:
-            part = logits[:SLICE].float()
-            report(part.clone(), [0] * len(part), [0] * len(part))
-            part.sort(dim=1, descending=True, stable=True)
-        ops.device_errors(device)  # clears it: the logits of page 0 may be anything
-        if common is not None and logits.data_ptr() == common.data_ptr():
-            return 0
-        return logits[0].nbytes
 
 
 def other_processes(device: torch.device) -> list[tuple[int, str, int]]:

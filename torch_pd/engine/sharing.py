@@ -12,13 +12,14 @@ from torch_pd.board import Board
 from torch_pd.config import EngineConfig
 from torch_pd.dist import START_TIMEOUT_S, World
 from torch_pd.engine.lockstep import Lockstep
+from torch_pd.engine.planner import plan_settings
+from torch_pd.engine.shape import shape_of
 from torch_pd.engine.streaming import Streaming, resolve_mode, start_streaming
 from torch_pd.nn.patch import patch_model
 from torch_pd.nn.pooled import pool_model
 from torch_pd.nn.pooled_model import load_pooled
 from torch_pd.nn.twin import fused_blocks
 from torch_pd.peer import PeerMemory
-from torch_pd.planner import plan_settings, shape_of
 from torch_pd.sizing import GIB
 from torch_pd.weights.layout import group_of
 from torch_pd.weights.loader import read_config, resolve_dtype, resolve_format

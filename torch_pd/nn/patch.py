@@ -225,7 +225,7 @@ def new_logits(model: nn.Module, rows: int) -> Tensor | None:
     can write there."""
     head: Any = cast(PreTrainedModel, model).get_output_embeddings()
     fused = isinstance(head.__dict__.get("_torch_pd"), Pass)
-    if not fused or head.bias is not None or head.weight.is_meta:
+    if not fused or head.bias is not None or head.weight.device != device_of(model):
         return None
     return head.weight.new_empty((rows, head.weight.shape[0]))
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torch_pd.costs import Machine
+from torch_pd.weights.layout import LINEARS
 from torch_pd.weights.ring import Ring
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ CPU = Machine(
     kv_bandwidth=1e10,
     link_bandwidth=5e9,
     contention=1.0,
+    pull_loss=0.0,
     mailbox_bytes=0,
     collective_bandwidth=1e9,
     collective_seconds=3e-4,
@@ -36,6 +39,8 @@ CPU = Machine(
     layer_launch_seconds=1e-4,
 )
 """Where nothing was measured; collectives are gloo's."""
+_LOSSES = {"contention", "pull_loss"}
+"""Constants of which the largest counts."""
 
 
 def machine_of(
@@ -63,12 +68,17 @@ def machine_of(
     if folder is None and gpu:
         folder = CACHE.expanduser()
     path = None if folder is None else folder / f"{key}.json"
-    values = all_gather(None if path is None else _read(path))[0]
+    values = all_gather(None if path is None else _read(path, _LOSSES if gpu else set()))[0]
     if values is None:
         mine = {"link_bandwidth": _link(ring, all_gather), **_gemms(device)}
+        if gpu:
+            mine |= _beside(ring, mine["link_bandwidth"], all_gather)
         every = all_gather(mine)
         # The slowest counts: a step ends with its last rank.
-        values = {constant: min(found[constant] for found in every) for constant in mine}
+        values = {
+            constant: (max if constant in _LOSSES else min)(found[constant] for found in every)
+            for constant in mine
+        }
         first = all_gather(os.getpid())[0] == os.getpid()
         if first and path is not None:
             _write(path, values)
@@ -111,12 +121,67 @@ def _gemms(device: torch.device) -> dict[str, float]:
     return found
 
 
-def _read(path: Path) -> dict[str, float] | None:
+def _beside(
+    ring: Ring | None, link: float, all_gather: Callable[[Any], Sequence[Any]]
+) -> dict[str, float]:
+    """What pull and linears cost each other, by passes of all ranks through their rings."""
+    found = dict.fromkeys(_LOSSES, 0.0)
+    for constant, rows in (("contention", 4096), ("pull_loss", 16)):
+        if ring is None or ring.pulled_bytes == 0:
+            all_gather(None)
+            continue
+        device = ring.device
+        inputs: dict[int, Tensor] = {}
+        seconds = {}
+        with torch.no_grad():
+            for streamed in (False, True):
+                _linears(ring, rows, inputs, streamed)  # the first time to warm up
+                _settle(device)
+                if streamed:
+                    all_gather(None)
+                start = time.perf_counter()
+                _linears(ring, rows, inputs, streamed)
+                _settle(device)
+                seconds[streamed] = time.perf_counter() - start
+        pull = ring.pulled_bytes / link
+        if constant == "contention":
+            found[constant] = max(0.0, seconds[True] - max(seconds[False], pull)) / pull
+        else:
+            found[constant] = max(0.0, seconds[True] - pull) / seconds[False]
+    return found
+
+
+def _linears(ring: Ring, rows: int, inputs: dict[int, Tensor], streamed: bool) -> None:
+    """A pass's linears; not streamed: over what lies in the ring, without a pull."""
+    for layer in range(ring.layout.dims.num_layers):
+        for linear in LINEARS:
+            width = ring.layout.dims.shape(linear)[1]
+            if width not in inputs:
+                like = {"dtype": ring.dtype, "device": ring.device}
+                inputs[width] = torch.randn(rows, width, **like)
+            x, start = inputs[width], 0
+            matrix = ring.acquire(layer, linear) if streamed else ring.peek(layer, linear)
+            for part in matrix.parts:
+                columns = part.shape[1]
+                torch.mm(x[:, start : start + columns] if matrix.axis else x, part.t())
+                start += columns
+            if streamed:
+                ring.release(layer, linear)
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _read(path: Path, wanted: set[str]) -> dict[str, float] | None:
     if not path.is_file():
         return None
     try:
         values = json.loads(path.read_text())
         Machine.from_dict(values)
+        if not values.keys() >= wanted:
+            raise ValueError("some are missing")
     except (ValueError, TypeError) as error:
         logger.warning("%s is not what was measured once (%s); measuring again", path, error)
         return None

@@ -213,6 +213,7 @@ class Ring:
         assert len(arenas) == layout.size
         dims = layout.dims
         self.layout = layout
+        self.dtype = dtype
         self._arenas = list(arenas)
         self._device = arenas[index].device
         self._items = ring_items(layout, index, in_place)
@@ -262,7 +263,8 @@ class Ring:
         self._own_head_row = head.rows[0]
         self._next = 0  # the use that comes next
         self._puller = None
-        if places:
+        # On meta there are no bytes: passes are run for the memory that they would take.
+        if places and self._device.type != "meta":
             self._puller = _runtime.Puller(
                 self._device.index if self._device.type == "cuda" else -1,
                 places,
@@ -296,6 +298,11 @@ class Ring:
         """See `Source`. One matrix at a time, in the order of use."""
         place = self._places.get((layer, linear))
         return self._local[layer, linear] if place is None else self._acquire(place)
+
+    def peek(self, layer: int, linear: str) -> Matrix:
+        """A matrix's place, whatever lies there; for measurements."""
+        place = self._places.get((layer, linear))
+        return self._local[layer, linear] if place is None else self._matrices[place]
 
     def release(self, layer: int, linear: str) -> None:
         """See `Source`."""
@@ -351,7 +358,8 @@ class Ring:
         self._arena = self._arena[:0].clone()
 
     def _acquire(self, place: int) -> Matrix:
-        assert self._puller is not None
+        if self._puller is None:
+            return self._matrices[place]
         use = self._next + (place - self._next) % len(self._items)
         stream = self._stream()
         if use > self._next:
@@ -361,8 +369,9 @@ class Ring:
         return self._matrices[place]
 
     def _release(self, place: int) -> None:
+        if self._puller is None:
+            return
         assert self._next % len(self._items) == place, "released something that is not in use"
-        assert self._puller is not None
         self._puller.release(self._next, self._stream())
         self._next += 1
 

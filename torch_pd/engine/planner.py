@@ -1,57 +1,24 @@
 """Foresees a run without a GPU: memory of each rank, step times, tokens a second, what to choose.
 
-Throughput is simulated: one rank's share of the prompts goes through the scheduler's policy
-(running sequences first, then admission while KV pages last, the newest preempted) and every step
-costs what `torch_pd.costs` says. All ranks are alike, so one stands for all.
+Memory is what the ledger of a started rank would say (engine/footprint.py); throughput that of the
+ranks' own schedulers over the cost model (engine/rehearsal.py).
 """
 
 import dataclasses
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from torch_pd.config import EngineConfig
 from torch_pd.costs import Costs, Machine, ModelShape, Step
-from torch_pd.sizing import GIB, KVShape, pages_of_budget
+from torch_pd.engine.footprint import dims_of, footprint
+from torch_pd.engine.rehearsal import Run, Work, rehearse
+from torch_pd.engine.shape import kv_shape_of, read_shape
+from torch_pd.sizing import GIB, most_pages, pages_of_budget
 
 MODES = ("replicate", "ship", "stream", "auto")
-CONTEXT_BYTES = 600 << 20
-"""CUDA context, cuBLAS workspace and the library's own kernels."""
-GRAPH_BYTES = 512 << 20
-"""Decode graphs up to 1,024 rows."""
-NCCL_BYTES = 512 << 20
-"""Channels and buffers of one communicator."""
-SHIP_ROWS = 1024
-"""Rows of a rank in the largest shipped step for which buffers are kept."""
 _CLOSE = 1.02
 """A simpler way is taken if it is not slower than the best by more than this."""
-_JUMP = 16
-"""Decode steps between two looks at the state, if nothing can change."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """Prompts of ``input`` tokens (uniform within 50%), ``output`` tokens each."""
-
-    num_prompts: int
-    input: int
-    output: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a simulated run did, on one rank."""
-
-    seconds: float
-    output_tokens: int
-    stream_steps: int
-    ship_steps: int
-    resident_steps: int
-    preemptions: int
-    most_running: int
 
 
 @dataclass(frozen=True)
@@ -213,7 +180,7 @@ def plan_settings(
         name, shape = Path(model).name, read_shape(Path(model), settings.dtype)
     work = Work(num_prompts, input, output)
     budget = int(gpu_memory * GIB * settings.gpu_memory_share)
-    shares = gpus // settings.weight_replicas > 1 and shape.layer_params > 0
+    shares = gpus // settings.weight_replicas > 1 and dims_of(shape) is not None
     modes = MODES if shares else MODES[:1]
     plans = {mode: _plan_mode(mode, shape, machine, settings, gpus, budget, work) for mode in modes}
     fitting = {mode: p for mode, p in plans.items() if p.run is not None}
@@ -270,14 +237,17 @@ def _plan_mode(
     budget: int,
     work: Work,
 ) -> ModePlan:
-    shards = 1 if mode == "replicate" else gpus // settings.weight_replicas
+    ranks = 1 if mode == "replicate" else gpus // settings.weight_replicas
     kv_shape = kv_shape_of(shape, settings)
-    memory = memory_of(mode, shape, settings, shards)
+    longest = min(shape.max_position or 1 << 20, settings.max_model_len or 1 << 20)
+    memory = footprint(mode, shape, settings, ranks, longest)
     left = budget - sum(memory.values())
-    length = min(shape.max_position or 1 << 60, work.input + work.input // 2 + work.output)
+    length = min(longest, work.input + work.input // 2 + work.output)
     least = max(2, -(-length // settings.block_size) + 1) * kv_shape.page_bytes
+    most = most_pages(settings.max_num_seqs, longest, settings.block_size) * kv_shape.page_bytes
     if settings.kv_cache_gib is not None:
-        left = min(left, int(settings.kv_cache_gib * GIB))
+        most = int(settings.kv_cache_gib * GIB)
+    left = min(left, most)
     missing = max(0, least - left)
     if missing:
         memory["KV pages"] = least
@@ -287,13 +257,9 @@ def _plan_mode(
     memory["KV pages"] = pages * kv_shape.page_bytes
     memory["unused"] = budget - sum(memory.values())
     kv_tokens = (pages - 1) * settings.block_size
-    kv_token_bytes = kv_shape.page_bytes // settings.block_size
-    costs = Costs(shape, machine, shards, kv_token_bytes)
-    run = simulate(
-        costs, mode, settings, kv_tokens, dataclasses.replace(
-            work, num_prompts=-(-work.num_prompts // gpus)
-        ),
-    )  # fmt: skip
+    costs = Costs(shape, machine, ranks, kv_shape.page_bytes // settings.block_size)
+    share = dataclasses.replace(work, num_prompts=-(-work.num_prompts * ranks // gpus))
+    run = rehearse(costs, mode, settings, kv_tokens, share, longest)
     mean = work.input + work.output / 2
     rows = max(1, min(settings.max_num_seqs, int(kv_tokens / mean), -(-work.num_prompts // gpus)))
     budget_tokens = settings.max_num_batched_tokens
@@ -313,51 +279,6 @@ def _plan_mode(
     )
 
 
-def kv_shape_of(shape: ModelShape, settings: EngineConfig) -> KVShape:
-    """The KV pages of a model; fp8 and int8 pages hold a float32 scale for each token and head."""
-    scaled = settings.kv_cache_dtype != "auto"
-    return KVShape(
-        shape.num_layers,
-        shape.num_kv_heads,
-        shape.head_dim,
-        1 if scaled else shape.itemsize,
-        settings.block_size,
-        scaled=scaled,
-    )
-
-
-def default_ring_bytes(shape: ModelShape, shards: int) -> int:
-    """What is pulled of two layers (see `weights.ring`)."""
-    layer = shape.layer_params // shape.num_layers * shape.itemsize
-    return 2 * layer * (shards - 1) // shards
-
-
-def memory_of(mode: str, shape: ModelShape, settings: EngineConfig, shards: int) -> dict[str, int]:
-    """Bytes of a rank by kind, without KV pages."""
-    tokens, rows = settings.max_num_batched_tokens, settings.max_num_seqs
-    wide = max(shape.qkv_width + shape.num_heads * shape.head_dim, 3 * shape.intermediate)
-    activations = tokens * (wide + 3 * shape.hidden) * shape.itemsize
-    logits = min(rows, tokens) * shape.vocab * (shape.itemsize + 4)
-    pooled = mode != "replicate" and shards > 1
-    ring = communication = 0
-    if pooled and mode != "ship":
-        asked = settings.ring_gib
-        ring = default_ring_bytes(shape, shards) if asked is None else int(asked * GIB)
-    if pooled and mode != "stream":
-        row = 2 * shape.hidden + shape.qkv_width + 3 * shape.intermediate // shards
-        communication = NCCL_BYTES + shards * SHIP_ROWS * row * shape.itemsize
-    share = -(-shape.pooled_bytes // shards)
-    return {
-        "resident weights": shape.resident_bytes + (0 if pooled else shape.pooled_bytes),
-        "shard": share if pooled else 0,
-        "ring": ring,
-        "activations": activations + logits,
-        "communication": communication,
-        "graphs": 0 if settings.enforce_eager or mode == "stream" else GRAPH_BYTES,
-        "context": CONTEXT_BYTES,
-    }
-
-
 def step_seconds(costs: Costs, mode: str, step: Step) -> tuple[float, str]:
     """Seconds of a step and how its weights are used."""
     if mode == "replicate":
@@ -369,156 +290,3 @@ def step_seconds(costs: Costs, mode: str, step: Step) -> tuple[float, str]:
         ways["ship"] = costs.ship(step)
     way = min(ways, key=ways.__getitem__)
     return ways[way], way
-
-
-def simulate(costs: Costs, mode: str, settings: EngineConfig, kv_tokens: int, work: Work) -> Run:
-    """One rank's run through the scheduler's policy, step by step (see `engine.scheduler`).
-
-    Args:
-        kv_tokens: that the pool holds.
-        work: prompts of this rank.
-    """
-    rng = random.Random(0)
-    low, high = max(1, work.input - work.input // 2), work.input + work.input // 2
-    prompts = [low + (high - low) * (2 * i + 1) // (2 * work.num_prompts)
-               for i in range(work.num_prompts)]  # fmt: skip
-    rng.shuffle(prompts)
-    waiting = [(length, 0) for length in reversed(prompts)]  # tokens to compute, tokens put out
-    page = settings.block_size
-    known = np.zeros(0, np.int64)  # tokens of each running sequence
-    computed = np.zeros(0, np.int64)
-    out = np.zeros(0, np.int64)
-    seconds, preemptions, most = 0.0, 0, 0
-    steps = {"resident": 0, "stream": 0, "ship": 0}
-
-    def used(lengths: np.ndarray) -> int:
-        return int((-(-lengths // page)).sum()) * page
-
-    while waiting or len(known):
-        while len(known) > 1 and used(known) > kv_tokens:
-            waiting.append((int(known[-1]), int(out[-1])))
-            known, computed, out = known[:-1], computed[:-1], out[:-1]
-            preemptions += 1
-        budget = settings.max_num_batched_tokens
-        counts = np.minimum(known - computed, budget)
-        counts = np.minimum(counts, np.maximum(0, budget - (np.cumsum(counts) - counts)))
-        budget -= int(counts.sum())
-        held = used(known)
-        admitted: list[tuple[int, int, int]] = []
-        while waiting and budget > 0 and len(known) + len(admitted) < settings.max_num_seqs:
-            length = waiting[-1][0]
-            held += -(-length // page) * page
-            crowded = len(known) + len(admitted) > 0
-            if crowded and held > kv_tokens - kv_tokens // 100:
-                break
-            admitted.append((*waiting.pop(), min(budget, length)))
-            budget -= admitted[-1][2]
-        if admitted:
-            new = np.array(admitted, np.int64)
-            known, out = np.append(known, new[:, 0]), np.append(out, new[:, 1])
-            computed = np.append(computed, np.zeros(len(new), np.int64))
-            counts = np.append(counts, new[:, 2])
-        most = max(most, len(known))
-        decoding = (counts == 1) & (computed > 0)
-        after = computed + counts
-        samples = after == known
-        pairs = int(((after * (after + 1) - computed * (computed + 1)) // 2)[~decoding].sum())
-        pure = bool(decoding.all())
-        times = 1
-        if pure:
-            # Nothing changes but the lengths until one ends or the pages run out.
-            room = max(1, (kv_tokens - held) // max(1, len(known)))
-            times = max(1, min(_JUMP, int((work.output - out).min()), room))
-        step = Step(
-            int(counts.sum()),
-            int(samples.sum()),
-            int(known[decoding].sum()) + int(decoding.sum()) * (times // 2),
-            pairs,
-            graph=pure and not settings.enforce_eager and mode != "stream",
-        )
-        cost, way = step_seconds(costs, mode, step)
-        seconds += cost * times
-        steps[way] += times
-        computed = after + (times - 1)
-        known = known + samples * times
-        out = out + samples * times
-        left = out < work.output
-        if not left.all():
-            known, computed, out = known[left], computed[left], out[left]
-    return Run(
-        seconds,
-        work.num_prompts * work.output,
-        steps["stream"],
-        steps["ship"],
-        steps["resident"],
-        preemptions,
-        most,
-    )
-
-
-def read_shape(path: Path, dtype: str = "auto") -> ModelShape:
-    """The shape of the model that a folder's config.json describes; builds it without memory.
-
-    Raises:
-        ValueError: no model folder, or not a causal LM.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    path = path.expanduser()
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{str(path)!r} has no config.json, so it is not a model folder")
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(
-            f"{str(path / 'config.json')!r} does not describe a causal LM: {error}"
-        ) from error
-    stored = config.get_text_config().dtype or config.dtype or torch.bfloat16
-    kind = stored if dtype == "auto" else getattr(torch, dtype)
-    return shape_of(model, torch.empty(0, dtype=kind).element_size())
-
-
-def shape_of(model: Any, itemsize: int) -> ModelShape:
-    """The shape of a Hugging Face causal LM, on any device ("meta" too)."""
-    from torch import nn
-
-    config = model.config.get_text_config()
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = bool(head is None or config.tie_word_embeddings)
-    linears = expert_params = total = 0
-    for name, module in model.named_modules():
-        if module in (embedding, head):
-            continue
-        expert = "expert" in name
-        for parameter in module.parameters(recurse=False):
-            total += parameter.numel()
-            if expert:
-                expert_params += parameter.numel()
-            elif isinstance(module, nn.Linear) and parameter.dim() == 2:
-                linears += parameter.numel()
-    heads = config.num_attention_heads
-    hidden = config.hidden_size
-    experts = next(
-        (n for key in ("num_local_experts", "num_experts", "n_routed_experts")
-         if (n := getattr(config, key, None))), 0,
-    )  # fmt: skip
-    per_token = getattr(config, "num_experts_per_tok", None) or 0
-    return ModelShape(
-        num_layers=config.num_hidden_layers,
-        hidden=hidden,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
-        num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or hidden // heads,
-        vocab=embedding.weight.shape[0],
-        itemsize=itemsize,
-        layer_params=linears,
-        expert_params=expert_params,
-        expert_share=per_token / experts if experts else 0.0,
-        tied=tied,
-        other_params=total - linears - expert_params,
-        max_position=getattr(config, "max_position_embeddings", 0) or 0,
-    )
