@@ -148,7 +148,7 @@ def _try(trial: Trial, config: EngineConfig) -> tuple[int, int]:
 
 def build(shape: ModelShape) -> "PreTrainedModel":
     """A patched model of such layers on meta, two of them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
         num_hidden_layers=_LAYERS,
@@ -160,10 +160,9 @@ def build(shape: ModelShape) -> "PreTrainedModel":
         vocab_size=shape.vocab,
         tie_word_embeddings=shape.tied,
         max_position_embeddings=max(1, shape.max_position),
-        dtype=_DTYPES[shape.itemsize],
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(_DTYPES[shape.itemsize])
+        model = AutoModelForCausalLM.from_config(config, dtype=_DTYPES[shape.itemsize])
     return patch_model(model)
 
 

@@ -157,8 +157,8 @@ def _linears(ring: Ring, rows: int, inputs: dict[int, Tensor], streamed: bool) -
         for linear in LINEARS:
             width = ring.layout.dims.shape(linear)[1]
             if width not in inputs:
-                like = {"dtype": ring.dtype, "device": ring.device}
-                inputs[width] = torch.randn(rows, width, **like)
+                shape = rows, width
+                inputs[width] = torch.randn(shape, dtype=ring.dtype, device=ring.device)
             x, start = inputs[width], 0
             matrix = ring.acquire(layer, linear) if streamed else ring.peek(layer, linear)
             for part in matrix.parts:
