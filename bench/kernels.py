@@ -26,6 +26,8 @@ from kernels_elementwise import elementwise_rows, sampling_rows
 from torch_pd import ops
 
 BLOCK, DIM = 16, 128
+BYTES = {torch.uint8: 31 / 4096, torch.int8: 127}
+"""Dtypes stored with a float32 scale for each token and head, and their largest values."""
 LAYERS_USED = 3
 POOL_BYTES = 24 << 30
 HAS_FLASHINFER = importlib.util.find_spec("flashinfer") is not None
@@ -39,7 +41,7 @@ class Pages:
         self.counts = [-(-n // BLOCK) for n in lens]
         self.total = sum(self.counts)
         one = 2 * BLOCK * kv_heads * DIM * dtype.itemsize
-        scale_bytes = 2 * BLOCK * kv_heads * 4 if dtype == torch.float8_e4m3fn else 0
+        scale_bytes = 2 * BLOCK * kv_heads * 4 if dtype in BYTES else 0
         self.layers = max(
             LAYERS_USED, min(layers, POOL_BYTES // (self.total * (one + scale_bytes)))
         )
@@ -51,10 +53,11 @@ class Pages:
         if scale_bytes:
             self.scales = memory[:, one * self.layers :].view(torch.float32).unflatten(1, shape[:4])
         for layer in range(LAYERS_USED):
-            values = torch.randn(self.total, *shape[1:], device="cuda", dtype=torch.bfloat16)
-            self.data[:, layer] = (values * 60).to(dtype) if scale_bytes else values
-            if self.scales is not None:
-                self.scales[:, layer] = torch.rand_like(self.scales[:, layer]) / 30 + 0.01
+            if self.scales is None:
+                self.data[:, layer].normal_()
+            else:
+                self.data[:, layer].view(torch.uint8).random_()  # any byte is a value
+                self.scales[:, layer].uniform_(1 / BYTES[dtype], 4 / BYTES[dtype])
         self.order = torch.randperm(self.total, device="cuda", dtype=torch.int32)
         self.tables = torch.zeros(len(lens), max(self.counts), dtype=torch.int32, device="cuda")
         start = 0
@@ -173,8 +176,9 @@ def decode_rows(peers: bool) -> list[Row]:
     for heads, kv_heads, count, length in DECODE:
         name = f"decode {heads}/{kv_heads} b={count} ctx={length}"
         add(name, Pages([length] * count, kv_heads, torch.bfloat16), heads, peers)
-        if count * length >= 256 * 1024:
-            add(name + " fp8", Pages([length] * count, kv_heads, torch.float8_e4m3fn), heads, False)
+        if count * length >= 128 * 1024:
+            for kind, dtype in zip(("fp8", "int8"), BYTES, strict=True):
+                add(f"{name} {kind}", Pages([length] * count, kv_heads, dtype), heads, False)
     lens = [512] * 60 + [32768] + [512] * 67
     add("decode 64/8 1 x 32768 + 127 x 512", Pages(lens, 8, torch.bfloat16), 64, peers)
     return rows

@@ -21,7 +21,7 @@ VOCAB = 151936
 ROTATED_BYTES = 256 << 20
 CALLS = 32
 """At least so many in a graph, one behind another as in a step: its start takes some 5 us."""
-FLOAT8 = torch.float8_e4m3fn
+FLOAT8, INT8 = torch.uint8, torch.int8
 
 Make = Callable[[int, int], tuple[Callable[[], None], int]]
 """(tokens, number of the buffer set) to a call and the bytes that it moves."""
@@ -59,7 +59,7 @@ class Pool:
     def __init__(self, dtype: torch.dtype):
         shape = (LAYERS, 2, BLOCK, KV_HEADS, DIM)
         size = math.prod(shape) * dtype.itemsize
-        scale_bytes = math.prod(shape[:4]) * 4 if dtype == FLOAT8 else 0
+        scale_bytes = math.prod(shape[:4]) * 4 if dtype in (FLOAT8, INT8) else 0
         memory = torch.empty(PAGES, size + scale_bytes, dtype=torch.uint8, device="cuda").random_()
         self.data = memory[:, :size].view(dtype).unflatten(1, shape)
         self.scales = None
@@ -146,18 +146,21 @@ def timed(name: str, make: Make, tokens: int) -> Row:
 
 
 def elementwise_rows() -> list[Row]:
-    pool, pool8 = Pool(torch.bfloat16), Pool(FLOAT8)
+    pool, fp8, int8 = Pool(torch.bfloat16), Pool(FLOAT8), Pool(INT8)
     makes: dict[str, Make] = {
         "rms_norm": norm(False),
         "rms_norm + residual": norm(True),
         "gated_act": gated(1),
         "gated_act 4 shards": gated(4),
         "rope_write_kv": pool.rope,
-        "rope_write_kv fp8": pool8.rope,
+        "rope_write_kv fp8": fp8.rope,
+        "rope_write_kv int8": int8.rope,
         "write_kv": pool.write,
-        "write_kv fp8": pool8.write,
+        "write_kv fp8": fp8.write,
+        "write_kv int8": int8.write,
         "gather_kv": pool.gather,
-        "gather_kv fp8": pool8.gather,
+        "gather_kv fp8": fp8.gather,
+        "gather_kv int8": int8.gather,
     }
     rows = [timed(name, make, tokens) for tokens in (8192, 64) for name, make in makes.items()]
     for pages in (64, 1):

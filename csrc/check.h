@@ -54,7 +54,6 @@ inline const char* dtype_name(ScalarType type) {
     case ScalarType::Double: return "float64";
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Half: return "float16";
-    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Bool: return "bool";

@@ -21,7 +21,7 @@ struct KVCache {
   int64_t num_pages, block_size, num_kv_heads, k_dim, v_dim;
   int64_t k_page, k_token, k_head;  // strides
   int64_t v_page, v_token, v_head;
-  // int8 and float8 only, else null: [pages, block_size, num_kv_heads], strides in floats.
+  // Of bytes (is_bytes) only, else null: [pages, block_size, num_kv_heads], strides in floats.
   float* k_scale = nullptr;
   float* v_scale = nullptr;
   int64_t ks_page = 0, ks_token = 0, vs_page = 0, vs_token = 0;
@@ -33,10 +33,12 @@ struct Places {
   int64_t count = 0;
 };
 
-// True of what a cache keeps with a scale for each head of a token.
+// True of what a cache keeps with a scale for each head of a token: int8 as such, and uint8, which
+// is float8 of three exponent and four mantissa bits (docs/layouts.md). Of each the largest value.
 inline bool is_bytes(ScalarType type) {
-  return type == ScalarType::Float8_e4m3fn || type == ScalarType::Char;
+  return type == ScalarType::Byte || type == ScalarType::Char;
 }
+constexpr float kFloat8Max = 31.0f / 4096.0f, kInt8Max = 127.0f;
 
 inline KVCache make_cache(const char* op, const Tensor& k, const Tensor& v,
                           const OptTensor& k_scale, const OptTensor& v_scale) {
@@ -90,7 +92,7 @@ inline Places make_places(const char* op, const OptTensor& places, const Tensor&
   return {static_cast<const int64_t*>(places->data_ptr()), places->size(0)};
 }
 
-// Model dtype of a cache: q, k and v must match it unless the cache is int8 or float8.
+// Model dtype of a cache: q, k and v must match it unless the cache is of bytes.
 inline void check_matches_cache(const char* op, const char* name, const Tensor& t,
                                 const Tensor& k_cache) {
   check_float(op, name, t);

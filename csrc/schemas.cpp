@@ -9,8 +9,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(torch_pd, m) {
-  // k, v [T, Hkv, D]; slots [T]; scales float32 [P, B, Hkv] when the cache is float8_e4m3fn or
-  // int8.
+  // k, v [T, Hkv, D]; slots [T]; scales float32 [P, B, Hkv] when the cache is uint8 (float8 of
+  // three exponent and four mantissa bits) or int8.
   m.def(
       "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, *, "
       "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()");

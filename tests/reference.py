@@ -34,8 +34,32 @@ def ref_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 # --- paged KV and fused ops ---
 
 
-BYTES = {torch.float8_e4m3fn: 448, torch.int8: 127}
+FLOAT8, INT8 = torch.uint8, torch.int8
+BYTES = {FLOAT8: 31 / 4096, INT8: 127}
 """Dtypes of caches that have scales, and their largest values."""
+
+
+def values_of(x: Tensor) -> Tensor:
+    """What a cache holds, but for scales: float32 of bytes, anything else as it is."""
+    if x.dtype == INT8:
+        return x.float()
+    if x.dtype != FLOAT8:
+        return x
+    bits = x.to(torch.int16)
+    return ((bits & 0x80) << 8 | (bits & 0x7F) << 6).view(torch.float16).float()
+
+
+def as_bytes(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 values, none above the largest of ``dtype``, rounded: int8 ties to even, float8 ties
+    away from zero."""
+    if dtype == INT8:
+        return x.round().to(INT8)
+    step = torch.exp2(x.abs().clamp_min(2.0**-14).log2().floor() - 4)
+    step = torch.where(x.abs() >= 32 * step, 2 * step, step)  # log2 is not exact
+    step = torch.where(x.abs() < 16 * step, step / 2, step).clamp_min(2.0**-18)
+    cut = ((x.abs() / step * 2).floor() + 1).div(2).floor() * step
+    bits = cut.copysign(x).half().view(torch.int16)
+    return (bits >> 8 & 0x80 | bits >> 6 & 0x7F).to(FLOAT8)
 
 
 @dataclass
@@ -88,7 +112,9 @@ def make_pool(
         size += math.prod(shape[1:5]) * 4
     pool = _pool_views(torch.zeros(num_pages, size, dtype=torch.uint8), shape, dtype)
     values = torch.randn(shape, generator=generator)
-    pool.data.copy_((values * 20 if dtype == torch.int8 else values).to(dtype))
+    if dtype in BYTES:
+        values = as_bytes((values / 6).clamp(-1, 1) * BYTES[dtype], dtype)
+    pool.data.copy_(values)
     for scale in (pool.k_scale, pool.v_scale):
         if scale is not None:
             scale.copy_(torch.rand(scale.shape, generator=generator) + 0.1)
@@ -97,12 +123,10 @@ def make_pool(
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``x [..., D]`` as bytes and its scales float32 ``[...]``: amax over the largest value of the
-    dtype, 1 for a row of 0."""
-    most = BYTES[dtype]
-    scale = x.float().abs().amax(-1) / most
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    bytes_ = (x.float() / scale[..., None]).clamp(-most, most)
-    return (bytes_.round() if dtype == torch.int8 else bytes_).to(dtype), scale
+    dtype, 1 where that is not a normal number."""
+    scale = x.float().abs().amax(-1) / BYTES[dtype]
+    scale = torch.where(scale < 2.0**-126, 1.0, scale)
+    return as_bytes(x.float() * (1 / scale)[..., None], dtype), scale
 
 
 def ref_write_kv(k: Tensor, v: Tensor, pool: Pool, layer: int, slots: Tensor) -> None:
@@ -128,7 +152,7 @@ def ref_gather_kv(
             entry = table[position // block_size]
             pool, page = pools[entry >> PLACE_SHIFT], entry & PAGE_MASK
             token = position % block_size
-            pair = pool.data[page, layer, :, token].float()
+            pair = values_of(pool.data[page, layer, :, token]).float()
             if pool.k_scale is not None:
                 scale = torch.stack(
                     [pool.k_scale[page, layer, token], pool.v_scale[page, layer, token]]

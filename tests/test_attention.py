@@ -1,24 +1,29 @@
 """paged_attention and merge_attention: values, independence of batch and chunks, errors."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import (
+    BYTES,
+    FLOAT8,
+    INT8,
     PLACE_SHIFT,
     TOLERANCE,
+    as_bytes,
     poisoned,
     ref_paged_attention,
     relative_error,
+    values_of,
 )
 from torch import Tensor
 
 from torch_pd import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FP8, INT8 = torch.float8_e4m3fn, torch.int8
 
 
 @dataclasses.dataclass
@@ -47,8 +52,8 @@ class Pool:
             return k, v
         scales = self.scale_views()
         return (
-            k.double() * scales["k_scale"][..., None],
-            v.double() * scales["v_scale"][..., None],
+            values_of(k).double() * scales["k_scale"][..., None],
+            values_of(v).double() * scales["v_scale"][..., None],
         )
 
 
@@ -56,14 +61,12 @@ def make_pool(num_pages: int, block_size: int, kv_heads: int, dim: int, dtype) -
     """Pages of bytes carry their scales behind their values."""
     poison = torch.tensor([float("nan"), float("inf"), -float("inf")])
     shape = (2, 2, block_size, kv_heads, dim)
-    values = poison[torch.randint(0, 3, (num_pages, *shape))]
-    values = values.nan_to_num(5, 127, -127).to(dtype) if dtype == INT8 else values.to(dtype)
-    if dtype not in (FP8, INT8):
+    if dtype not in BYTES:
+        values = poison[torch.randint(0, 3, (num_pages, *shape))].to(dtype)
         return Pool(values, None, torch.randperm(num_pages).tolist())
-    size = values[0].numel()
-    raw = torch.empty(num_pages, size + 4 * size // dim, dtype=torch.uint8)
+    size = math.prod(shape)
+    raw = torch.randint(0, 256, (num_pages, size + 4 * size // dim), dtype=torch.uint8)
     pages = raw[:, :size].view(dtype).unflatten(1, shape)
-    pages.copy_(values)
     scales = raw[:, size:].view(torch.float32).unflatten(1, shape[:-1])
     scales.fill_(torch.nan)
     return Pool(pages, scales, torch.randperm(num_pages).tolist())
@@ -173,10 +176,10 @@ def make_case(
                 continue
             values = torch.randn(2, used, kv_heads, dim)
             if pool.scales is not None:
-                top = values.abs().amax(-1).clamp_min(1e-6) / (127 if cache_dtype == INT8 else 448)
+                top = values.abs().amax(-1).clamp_min(1e-6) / BYTES[cache_dtype]
                 pool.scales[page, 1, :, :used] = top
-                values /= top[..., None]
-            pool.pages[page, 1, :, :used] = values.to(cache_dtype)
+                values = as_bytes(values / top[..., None], cache_dtype)
+            pool.pages[page, 1, :, :used] = values
     query_start = ints(
         [0, *torch.tensor([q for _, q in lengths] or [0]).cumsum(0)][: len(lengths) + 1]
     )
@@ -215,7 +218,7 @@ lengths = st.lists(
 @given(
     lengths=lengths,
     dtype=st.sampled_from(DTYPES),
-    stored=st.sampled_from([None, FP8, INT8]),
+    stored=st.sampled_from([None, FLOAT8, INT8]),
     kv_heads=st.sampled_from([1, 2, 3]),
     group=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 12]),
     dim=st.sampled_from([8, 12, 16, 40, 64, 80, 96, 128, 256]),
@@ -465,7 +468,7 @@ def test_error_of_a_page_past_another_place():
 
 
 def test_error_of_float8_without_scales():
-    case = make_case([(40, 2)], cache_dtype=FP8)
+    case = make_case([(40, 2)], cache_dtype=FLOAT8)
     with pytest.raises(RuntimeError, match="k_scale and v_scale are required"):
         case.run(k_scale=None)
 

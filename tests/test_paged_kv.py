@@ -5,11 +5,11 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import FLOAT8, INT8
 
 from torch_pd import ops
 
 MODEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FLOAT8, INT8 = torch.float8_e4m3fn, torch.int8
 few = settings(max_examples=60, deadline=None)
 
 
@@ -72,25 +72,43 @@ def test_write_kv_takes_k_and_v_of_different_width():
     assert v_cache.count_nonzero() == 2 * 2 * 16
 
 
-def test_write_kv_float8_saturates_and_keeps_nan():
+def written(values, dtype):
+    """What a cache of bytes holds of one head of so many values (16 at most), and its scale."""
     k = torch.zeros(1, 1, 16)
-    k[0, 0, :4] = torch.tensor([1e30, -1e30, 3.0, float("nan")])
-    cache, scale = torch.zeros(2, 1, 16, 1, 16, dtype=FLOAT8), torch.zeros(2, 1, 16, 1)
+    k[0, 0, : len(values)] = torch.tensor(values)
+    cache, scale = torch.zeros(2, 1, 16, 1, 16, dtype=dtype), torch.zeros(2, 1, 16, 1)
     slots = torch.tensor([5])
     ops.write_kv(k, k, cache[0], cache[1], slots, k_scale=scale[0], v_scale=scale[1])
-    assert scale[0, 0, 5, 0] == torch.tensor(1e30) / 448
-    assert cache[0, 0, 5, 0, :3].float().tolist() == [448, -448, 0]
-    assert cache[0, 0, 5, 0, 3].isnan()
+    assert torch.equal(cache[0], cache[1])
+    return reference.values_of(cache[0, 0, 5, 0, : len(values)]), scale[0, 0, 5, 0]
 
 
-def test_write_kv_int8_rounds_to_even():
-    k = torch.zeros(1, 1, 16)
-    k[0, 0, :6] = torch.tensor([127.0, -127.0, 0.5, 1.5, -2.5, 3.4])
-    cache, scale = torch.zeros(2, 1, 16, 1, 16, dtype=INT8), torch.zeros(2, 1, 16, 1)
-    slots = torch.tensor([5])
-    ops.write_kv(k, k, cache[0], cache[1], slots, k_scale=scale[0], v_scale=scale[1])
-    assert scale[0, 0, 5, 0] == 1
-    assert cache[0, 0, 5, 0, :6].tolist() == [127, -127, 0, 2, -2, 3]
+def test_write_kv_float8_rounds_ties_away_from_zero():
+    """With 31 as the largest value the steps are 1, 1/2 and so on; below 1/2 they are 1/64."""
+    values = [31, -31, 16.5, 17.5, -16.49, 1.03125, 1.03, 2**-7, -(2**-7), 0.0078, 0.375, 23.45]
+    held, scale = written(values, FLOAT8)
+    assert scale == 4096
+    rounded = [31, -31, 17, 18, -16, 1.0625, 1, 2**-6, -(2**-6), 0, 0.375, 23]
+    assert (held * scale).tolist() == rounded
+
+
+def test_write_kv_int8_rounds_ties_to_even():
+    held, scale = written([127.0, -127.0, 0.5, 1.5, -2.5, 3.4], INT8)
+    assert scale == 1
+    assert held.tolist() == [127, -127, 0, 2, -2, 3]
+
+
+@pytest.mark.parametrize("dtype", [FLOAT8, INT8])
+def test_write_kv_of_extreme_heads(dtype):
+    """NaN and infinities make all of a head NaN, whatever else it holds; tiny ones become 0."""
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        held, scale = written([3.0, bad, 1.0, 0.0], dtype)
+        assert (held * scale).isnan().all()
+    held, scale = written([1e-44, 0.0, -1e-45], dtype)
+    assert scale == 1
+    assert not held.any()
+    held, scale = written([1e30, -1e30], dtype)
+    assert (held * scale).tolist() == pytest.approx([1e30, -1e30], rel=1e-6)
 
 
 @st.composite
@@ -263,7 +281,7 @@ def test_write_kv_block_size_and_scales_are_checked():
     with pytest.raises(RuntimeError, match="block_size must be 16, 32 or 64, got 10"):
         ops.write_kv(k, k, cache, cache.clone(), slots)
     cache = torch.zeros(4, 16, 2, 8, dtype=FLOAT8)
-    with pytest.raises(RuntimeError, match="required for a float8_e4m3fn cache"):
+    with pytest.raises(RuntimeError, match="required for a uint8 cache"):
         ops.write_kv(k, k, cache, cache.clone(), slots)
     scale = torch.zeros(4, 16, 3)
     with pytest.raises(RuntimeError, match="k_scale size of dimension 2 must be 2"):

@@ -69,8 +69,8 @@ def write_kv(
 ) -> None:
     """Scatters ``k, v [T, Hkv, D]`` into ``slots [T]`` of one layer of the pool.
 
-    Two tokens must not name one slot (-1, padding, excepted). A float8_e4m3fn or int8 cache needs
-    ``k_scale, v_scale`` float32 ``[P, B, Hkv]``, which are written too.
+    Two tokens must not name one slot (-1, padding, excepted). An int8 or a uint8 cache (of float8,
+    docs/layouts.md) needs ``k_scale, v_scale`` float32 ``[P, B, Hkv]``, which are written too.
     """
     _ops.write_kv(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
 

@@ -24,7 +24,7 @@ struct AttentionCall {
   float* lse;               // null if not asked for
   const float* sinks;       // null if none
   ScalarType dtype;         // of q and out: float32, bfloat16 or float16
-  bool bytes, int8;         // of the cache: int8 or float8 with scales; else `dtype`
+  bool bytes, int8;         // of the cache: bytes with scales; else `dtype`
   const char *k[8], *v[8];  // this layer in every place
   const float *k_scale[8], *v_scale[8];
   int64_t k_page, k_token, k_head, v_page, v_token, v_head;

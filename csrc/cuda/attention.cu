@@ -18,7 +18,7 @@ void launch_plain(AttentionCall call) {
   dispatch_float(launch.op, call.dtype, [&](auto* zero) {
     using T = std::remove_pointer_t<decltype(zero)>;
     auto* kernel = call.stored == kInt8     ? attention_plain<T, int8_t>
-                   : call.stored == kFloat8 ? attention_plain<T, __nv_fp8_e4m3>
+                   : call.stored == kFloat8 ? attention_plain<T, Float8>
                                             : attention_plain<T, T>;
     kernel<<<blocks, kPlainWarps * 32, 0, launch.stream>>>(call.args, call.head_dim, call.v_dim);
   });

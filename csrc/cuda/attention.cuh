@@ -17,9 +17,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 enum Stored { kAsQuery, kFloat8, kInt8 };
 
 inline Stored stored_as(ScalarType cache) {
-  return cache == ScalarType::Char            ? kInt8
-         : cache == ScalarType::Float8_e4m3fn ? kFloat8
-                                              : kAsQuery;
+  return cache == ScalarType::Char ? kInt8 : cache == ScalarType::Byte ? kFloat8 : kAsQuery;
 }
 
 // Strides in bytes for the cache (k_scale, v_scale: in floats), in elements elsewhere.

@@ -2,9 +2,8 @@
 // take. One warp per query row: a lane scores a key, then all lanes share the columns of V.
 #pragma once
 
-#include <cuda_fp8.h>
-
 #include "attention.cuh"
+#include "vec.cuh"
 
 namespace torch_pd {
 
@@ -14,7 +13,7 @@ constexpr int kPlainColumns = 16;  // per lane: V is at most 512 wide
 template <typename T, typename KV>
 __global__ void __launch_bounds__(kPlainWarps * 32)
     attention_plain(const __grid_constant__ AttentionArgs a, int k_dim, int v_dim) {
-  constexpr bool kScaled = std::is_same_v<KV, __nv_fp8_e4m3> || std::is_same_v<KV, int8_t>;
+  constexpr bool kScaled = sizeof(KV) == 1;
   const int lane = threadIdx.x % 32;
   const int64_t id = static_cast<int64_t>(blockIdx.x) * kPlainWarps + threadIdx.x / 32;
   const int token = static_cast<int>(id / a.num_heads);
@@ -52,7 +51,7 @@ __global__ void __launch_bounds__(kPlainWarps * 32)
         v = reinterpret_cast<const KV*>(page.v + in_page * static_cast<int64_t>(a.v_token) +
                                         kv_head * a.v_head);
         for (int i = 0; i < k_dim; ++i) {
-          dot += static_cast<float>(query[i]) * static_cast<float>(k[i]);
+          dot += to_float(query[i]) * to_float(k[i]);
         }
         v_scale = 1.0f;
         if constexpr (kScaled) {
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(kPlainWarps * 32)
 #pragma unroll
       for (int i = 0; i < kPlainColumns; ++i) {
         const int column = lane + 32 * i;
-        if (column < v_dim) o[i] += weight * static_cast<float>(row[column]);
+        if (column < v_dim) o[i] += weight * to_float(row[column]);
       }
     }
   }

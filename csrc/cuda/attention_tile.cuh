@@ -14,10 +14,8 @@ struct TileTraits {
   using Mma = std::conditional_t<STORED != kAsQuery, __half, T_>;  // bytes are exact in float16
   static constexpr int D = D_;
   static constexpr bool FP8 = STORED != kAsQuery;  // either kind of bytes
-  // Two bytes of the low half of x.
-  static __device__ __forceinline__ uint32_t to_half2(uint32_t x) {
-    return STORED == kInt8 ? ptx::int8_to_half2(static_cast<uint16_t>(x))
-                           : ptx::e4m3_to_half2(static_cast<uint16_t>(x));
+  static __device__ __forceinline__ ptx::Halves to_halves(uint32_t bytes) {
+    return STORED == kInt8 ? ptx::int8_to_halves(bytes) : ptx::float8_to_halves(bytes);
   }
   static constexpr int kRowBytes = D * (FP8 ? 1 : 2);
   static constexpr int kChunks = kRowBytes / 16;
@@ -106,8 +104,8 @@ struct QueryRows {
     min_last = q.position(first_row / args.group);
     const int32_t max_last = q.position((min(first_row + 16, rows) - 1) / args.group);
     max_first = args.window > 0 ? max(0, max_last - args.window + 1) : 0;
-    // The k index of an mma step may be permuted if A and B agree: float8 B fragments hold 4
-    // neighbouring columns a thread (see compute_scores).
+    // The k index of an mma step may be permuted if A and B agree: B fragments of bytes hold 4
+    // neighbouring columns a thread, first the even ones (see compute_scores).
     constexpr int kSecond = Traits::FP8 ? 2 : 8;
     const int column = (lane % 4) * (Traits::FP8 ? 4 : 2);
 #pragma unroll
@@ -115,8 +113,10 @@ struct QueryRows {
 #pragma unroll
       for (int k = 0; k < Traits::D / 16; ++k) {
         const T* p = row_of[h] + k * 16 + column;
-        a[k][h] = row_of[h] != nullptr ? load2(p) : 0;
-        a[k][h + 2] = row_of[h] != nullptr ? load2(p + kSecond) : 0;
+        const uint32_t x = row_of[h] != nullptr ? load2(p) : 0;
+        const uint32_t y = row_of[h] != nullptr ? load2(p + kSecond) : 0;
+        a[k][h] = Traits::FP8 ? __byte_perm(x, y, 0x5410) : x;
+        a[k][h + 2] = Traits::FP8 ? __byte_perm(x, y, 0x7632) : y;
       }
     }
     if constexpr (Traits::FP8) to_float16();
@@ -216,7 +216,8 @@ struct RowTile {
     }
   }
   __device__ __forceinline__ void step_fp8(float (&s)[4], int k, uint32_t x) const {
-    ptx::mma<Mma>(s, query.a[k], Traits::to_half2(x), Traits::to_half2(x >> 16));
+    const ptx::Halves b = Traits::to_halves(x);
+    ptx::mma<Mma>(s, query.a[k], b.even, b.odd);
   }
 
   __device__ __forceinline__ void add_values(uint32_t values, const uint32_t (&p)[4]) {
@@ -248,9 +249,9 @@ struct RowTile {
   }
   __device__ __forceinline__ void add_fp8(float (&even)[4], float (&odd)[4], const uint32_t (&p)[4],
                                           uint32_t x, uint32_t y) {
-    const uint32_t x2 = __byte_perm(x, 0, 0x3120), y2 = __byte_perm(y, 0, 0x3120);
-    ptx::mma<Mma>(even, p, Traits::to_half2(x2), Traits::to_half2(y2));
-    ptx::mma<Mma>(odd, p, Traits::to_half2(x2 >> 16), Traits::to_half2(y2 >> 16));
+    const ptx::Halves b0 = Traits::to_halves(x), b1 = Traits::to_halves(y);
+    ptx::mma<Mma>(even, p, b0.even, b1.even);
+    ptx::mma<Mma>(odd, p, b0.odd, b1.odd);
   }
 
   // Adds TILES tiles of keys from position `key` on: K and V at shared addresses `keys`, `values`.
@@ -267,20 +268,25 @@ struct RowTile {
       for (int n = 0; n < N; ++n) {
         const float2 k2 = *reinterpret_cast<const float2*>(k_scales + n * 8 + lane % 4 * 2);
         const float2 v2 = *reinterpret_cast<const float2*>(v_scales + n * 8 + lane % 4 * 2);
-        s[n][0] *= k2.x * query.scale[0], s[n][1] *= k2.y * query.scale[0];
-        s[n][2] *= k2.x * query.scale[1], s[n][3] *= k2.y * query.scale[1];
+        s[n][0] *= k2.x, s[n][1] *= k2.y, s[n][2] *= k2.x, s[n][3] *= k2.y;
         v_scale[n][0] = v2.x, v_scale[n][1] = v2.y;
       }
       set_v_unit(v_scale);
     }
-    const bool masked = key + TILES * kTileKeys - 1 > query.min_last || key < query.max_first;
-    if (a.cap_log2 == 0.0f) {
+    // Logits are s * unit. A positive unit does not change which is the largest, so it waits for
+    // the exponential, where multiplying by it costs nothing.
+    float unit[2] = {a.scale_log2, a.scale_log2};
+    if constexpr (Traits::FP8) unit[0] *= query.scale[0], unit[1] *= query.scale[1];
+    if (a.cap_log2 != 0.0f || a.scale_log2 <= 0.0f) {
 #pragma unroll
-      for (int i = 0; i < 4 * N; ++i) s[i / 4][i % 4] *= a.scale_log2;
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4 * N; ++i) s[i / 4][i % 4] = capped_logit(a, s[i / 4][i % 4]);
+      for (int i = 0; i < 4 * N; ++i) {
+        float& x = s[i / 4][i % 4];
+        const float dot = Traits::FP8 ? x * query.scale[i % 4 / 2] : x;
+        x = a.cap_log2 != 0.0f ? capped_logit(a, dot) : dot * a.scale_log2;
+      }
+      unit[0] = unit[1] = 1.0f;
     }
+    const bool masked = key + TILES * kTileKeys - 1 > query.min_last || key < query.max_first;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
@@ -297,7 +303,7 @@ struct RowTile {
       float most = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
 #pragma unroll
       for (int n = 1; n < N; ++n) most = fmaxf(most, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-      const float top = fmaxf(m[h], ptx::quad_max(most)), base = finite_base(top);
+      const float top = fmaxf(m[h], ptx::quad_max(most) * unit[h]), base = finite_base(top);
       alpha[h] = ptx::exp2_approx(m[h] - base);
       m[h] = top;
       float sum = 0.0f;
@@ -305,7 +311,7 @@ struct RowTile {
       for (int n = 0; n < N; ++n) {
 #pragma unroll
         for (int i = 2 * h; i < 2 * h + 2; ++i) {
-          s[n][i] = ptx::exp2_approx(s[n][i] - base);
+          s[n][i] = ptx::exp2_approx(fmaf(s[n][i], unit[h], -base));
           sum += s[n][i];
           if constexpr (Traits::FP8) s[n][i] *= v_scale[n][i % 2];
         }

@@ -7,10 +7,6 @@
 
 namespace torch_pd {
 
-// Largest float8_e4m3fn and int8 value: a head's largest magnitude is stored as this, times its
-// scale.
-constexpr float kFp8Max = 448.0f, kInt8Max = 127.0f;
-
 __host__ __device__ inline int block_shift(int64_t block_size) {
   return block_size == 16 ? 4 : block_size == 32 ? 5 : 6;  // params.h allows no other
 }
@@ -87,46 +83,24 @@ inline bool bytes_aligned(const KVCache& c, const void* k, const void* v, const 
   return yes;
 }
 
-// Scale of a head of largest magnitude `amax`; values are stored divided by it, as on the CPU.
+// Scale of a head of largest magnitude `amax`; as on the CPU: 1 if that is not a normal number (all
+// is stored as 0), NaN if amax is NaN or infinite: then all of the head reads as NaN.
 __device__ __forceinline__ float byte_scale(float amax, bool int8) {
-  const float scale = amax / (int8 ? kInt8Max : kFp8Max);
-  return scale > 0.0f ? scale : 1.0f;
+  const float scale = amax / (int8 ? kInt8Max : kFloat8Max);
+  return scale < 0x1p-126f ? 1.0f : scale;
 }
 
-// x / scale, correctly rounded, without a division per value: Markstein's correction of a product
-// with the inverse, of x * shift: a power of two that keeps all steps away from overflow and
-// underflow, nearly always 1. The remainder is taken negative, so that a zero keeps its sign.
-struct Quotient {
-  float shift, divisor, inverse;
-  __device__ __forceinline__ explicit Quotient(float scale) {
-    shift = scale < 0x1p-60f ? 0x1p100f : scale > 0x1p60f ? 0x1p-100f : 1.0f;
-    const bool infinite = scale > 3.402823466e38f;  // then 0, or NaN for infinite values
-    divisor = infinite ? 0.0f : scale * shift;
-    inverse = infinite ? 0.0f : 1.0f / divisor;
-  }
-  __device__ __forceinline__ float operator()(float shifted) const {
-    const float q = shifted * inverse;
-    return fmaf(-fmaf(q, divisor, -shifted), inverse, q);
-  }
-};
-
-// Stores N values of a head as bytes, divided by its scale.
+// Stores N values of a head as bytes, times the inverse of its scale.
 template <int N>
-__device__ __forceinline__ void store_bytes(uint8_t* to, const float (&x)[N],
-                                            const Quotient& quotient, bool int8) {
+__device__ __forceinline__ void store_bytes(uint8_t* to, const float (&x)[N], float inverse,
+                                            bool int8) {
   float q[N];
 #pragma unroll
-  for (int e = 0; e < N; ++e) q[e] = x[e];
-  if (quotient.shift != 1.0f) {
-#pragma unroll
-    for (int e = 0; e < N; ++e) q[e] *= quotient.shift;
-  }
-#pragma unroll
-  for (int e = 0; e < N; ++e) q[e] = quotient(q[e]);
+  for (int e = 0; e < N; ++e) q[e] = x[e] * inverse;
   if (int8) {
     store_vec(reinterpret_cast<int8_t*>(to), narrow<int8_t, N>(q));
   } else {
-    store_vec(reinterpret_cast<__nv_fp8_e4m3*>(to), narrow<__nv_fp8_e4m3, N>(q));
+    store_vec(reinterpret_cast<Float8*>(to), narrow<Float8, N>(q));
   }
 }
 

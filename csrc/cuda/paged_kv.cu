@@ -246,8 +246,8 @@ void gather_kv(const Tensor& k_cache, const Tensor& v_cache, const Tensor& block
         wide ? start(gather_kernel<int8_t, T, 8>, kEight, p.cache, rows)
              : start(gather_kernel<int8_t, T, 1>, kOne, p.cache, rows);
       } else {
-        wide ? start(gather_kernel<__nv_fp8_e4m3, T, 8>, kEight, p.cache, rows)
-             : start(gather_kernel<__nv_fp8_e4m3, T, 1>, kOne, p.cache, rows);
+        wide ? start(gather_kernel<Float8, T, 8>, kEight, p.cache, rows)
+             : start(gather_kernel<Float8, T, 1>, kOne, p.cache, rows);
       }
     });
   } else {

@@ -3,7 +3,6 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -77,18 +76,38 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// The two float8_e4m3fn values in the low (high) half of `x`, exact in float16.
-__device__ __forceinline__ uint32_t e4m3_to_half2(uint16_t x) {
-  const __half2_raw y = __nv_cvt_fp8x2_to_halfraw2(x, __NV_E4M3);  // one cvt from sm_89 on
-  return y.x | static_cast<uint32_t>(y.y) << 16;
+// Bytes 0 and 2 (even), 1 and 3 (odd) of `x` as pairs of float16, exact. float8 (see params.h) is a
+// part of float16's bits.
+struct Halves {
+  uint32_t even, odd;
+};
+__device__ __forceinline__ Halves float8_to_halves(uint32_t x) {
+  return {(x & 0x00800080u) << 8 | (x & 0x007f007fu) << 6,
+          (x & 0x80008000u) | (x & 0x7f007f00u) >> 2};
+}
+// int8: with the sign bit flipped a byte is the low one of 1024 + 128 + value.
+__device__ __forceinline__ Halves int8_to_halves(uint32_t x) {
+  const uint32_t y = x ^ 0x80808080u;
+  const auto minus = [](uint32_t z) {
+    const __half2 h =
+        __hsub2(reinterpret_cast<const __half2&>(z), __float2half2_rn(1024.0f + 128.0f));
+    return reinterpret_cast<const uint32_t&>(h);
+  };
+  return {minus(__byte_perm(y, 0x64646464u, 0x4240)), minus(__byte_perm(y, 0x64646464u, 0x4341))};
 }
 
-// The two int8 values in the low half of `x`, exact in float16: with the sign bit flipped a byte is
-// the low one of 1024 + 128 + value.
-__device__ __forceinline__ uint32_t int8_to_half2(uint16_t x) {
-  const uint32_t y = __byte_perm(x ^ 0x8080u, 0x64646464u, 0x5150);
-  const __half2 z = __hsub2(reinterpret_cast<const __half2&>(y), __float2half2_rn(1152.0f));
-  return reinterpret_cast<const uint32_t&>(z);
+// A pair of float32 as float16 cut towards zero, `lo` in the low half.
+__device__ __forceinline__ uint32_t cut_to_halves(float lo, float hi) {
+  uint32_t x;
+  asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(hi), "f"(lo));
+  return x;
+}
+
+// The larger of both; NaN if one is.
+__device__ __forceinline__ float max_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
 }
 
 template <typename T>

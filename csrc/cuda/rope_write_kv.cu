@@ -194,14 +194,14 @@ __device__ __forceinline__ void finish_head(const RopeArgs& a, int64_t token, co
     float amax[1] = {0.0f};
 #pragma unroll
     for (int i = 0; i < PAIRS * 2 * VEC; ++i) {
-      amax[0] = fmaxf(amax[0], fabsf(x[i / (2 * VEC)][i / VEC % 2][i % VEC]));
+      amax[0] = ptx::max_nan(amax[0], fabsf(x[i / (2 * VEC)][i / VEC % 2][i % VEC]));
     }
     group_maxima(amax, a.lanes);
     scale = byte_scale(amax[0], int8);
   }
   if (target.to == nullptr) return;
   if (target.scale != nullptr && lane == 0) *target.scale = scale;
-  const Quotient quotient(scale);
+  const float inverse = 1.0f / scale;
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p) {
 #pragma unroll
@@ -209,7 +209,7 @@ __device__ __forceinline__ void finish_head(const RopeArgs& a, int64_t token, co
       const int column = columns.at[p][s];
       if (column >= a.head_dim) continue;
       if (target.scale != nullptr) {
-        store_bytes(static_cast<uint8_t*>(target.to) + column, x[p][s], quotient, int8);
+        store_bytes(static_cast<uint8_t*>(target.to) + column, x[p][s], inverse, int8);
       } else {
         store_vec(static_cast<T*>(target.to) + column, narrow<T, VEC>(x[p][s]));
       }

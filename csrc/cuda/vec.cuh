@@ -4,11 +4,11 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_fp8.h>
 
 #include <type_traits>
 
 #include "common.cuh"
+#include "ptx.cuh"
 
 namespace torch_pd {
 
@@ -23,10 +23,18 @@ inline void dispatch_float(const char* op, ScalarType type, F&& f) {
   }
 }
 
+// What a cache of ScalarType::Byte holds: bits 15 and 12 to 6 of a float16.
+struct Float8 {
+  uint8_t bits;
+};
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_fp8_e4m3 x) { return static_cast<float>(x); }
+__device__ __forceinline__ float to_float(Float8 x) {
+  return __half2float(
+      __ushort_as_half(static_cast<uint16_t>((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 6)));
+}
 __device__ __forceinline__ float to_float(int8_t x) { return static_cast<float>(x); }
 
 template <typename T>
@@ -43,9 +51,11 @@ template <>
 __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
+// Rounds to the nearest, ties away from zero; |x| at most kFloat8Max.
 template <>
-__device__ __forceinline__ __nv_fp8_e4m3 from_float<__nv_fp8_e4m3>(float x) {
-  return __nv_fp8_e4m3(x);  // saturates at 448; NaN stays NaN
+__device__ __forceinline__ Float8 from_float<Float8>(float x) {
+  const uint32_t rounded = ptx::cut_to_halves(x, 0.0f) + 0x20;
+  return {static_cast<uint8_t>((rounded >> 8 & 0x80) | (rounded >> 6 & 0x7f))};
 }
 template <>
 __device__ __forceinline__ int8_t from_float<int8_t>(float x) {
@@ -68,11 +78,23 @@ __device__ __forceinline__ void store_vec(T* to, const Vec<T, N>& value) {
   *reinterpret_cast<Vec<T, N>*>(to) = value;
 }
 
-// N float32 values rounded to T; 16-bit and float8 values are made two at a time.
+// N float32 values rounded to T; 16-bit values are made two at a time, float8 values four.
 template <typename T, int N>
 __device__ __forceinline__ Vec<T, N> narrow(const float (&x)[N]) {
   Vec<T, N> out;
-  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, int8_t> || N % 2 != 0) {
+  if constexpr (std::is_same_v<T, Float8> && N % 4 == 0) {
+#pragma unroll
+    for (int e = 0; e < N; e += 4) {
+      // Adding half a step of float8 to float16's bits rounds them; a carry goes into the exponent.
+      uint32_t pair[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t h = ptx::cut_to_halves(x[e + 2 * i], x[e + 2 * i + 1]) + 0x00200020u;
+        pair[i] = (h & 0x80008000u) | (h << 2 & 0x7f007f00u);
+      }
+      *reinterpret_cast<uint32_t*>(&out.at[e]) = __byte_perm(pair[0], pair[1], 0x7531);
+    }
+  } else if constexpr (sizeof(T) != 2 || N % 2 != 0) {
 #pragma unroll
     for (int e = 0; e < N; ++e) out.at[e] = from_float<T>(x[e]);
   } else {
@@ -80,27 +102,26 @@ __device__ __forceinline__ Vec<T, N> narrow(const float (&x)[N]) {
     for (int e = 0; e < N; e += 2) {
       if constexpr (std::is_same_v<T, __nv_bfloat16>) {
         *reinterpret_cast<__nv_bfloat162*>(&out.at[e]) = __floats2bfloat162_rn(x[e], x[e + 1]);
-      } else if constexpr (std::is_same_v<T, __half>) {
-        *reinterpret_cast<__half2*>(&out.at[e]) = __floats2half2_rn(x[e], x[e + 1]);
       } else {
-        *reinterpret_cast<__nv_fp8x2_storage_t*>(&out.at[e]) =
-            __nv_cvt_float2_to_fp8x2({x[e], x[e + 1]}, __NV_SATFINITE, __NV_E4M3);
+        *reinterpret_cast<__half2*>(&out.at[e]) = __floats2half2_rn(x[e], x[e + 1]);
       }
     }
   }
   return out;
 }
 
-// N values as float32; float8 values two at a time.
+// N values as float32; bytes four at a time.
 template <typename T, int N>
 __device__ __forceinline__ void widen(const Vec<T, N>& in, float (&x)[N]) {
-  if constexpr (std::is_same_v<T, __nv_fp8_e4m3> && N % 2 == 0) {
+  if constexpr (sizeof(T) == 1 && N % 4 == 0) {
 #pragma unroll
-    for (int e = 0; e < N; e += 2) {
-      const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(
-          *reinterpret_cast<const __nv_fp8x2_storage_t*>(&in.at[e]), __NV_E4M3);
-      const float2 both = __half22float2(__half2(pair));
-      x[e] = both.x, x[e + 1] = both.y;
+    for (int e = 0; e < N; e += 4) {
+      const uint32_t word = *reinterpret_cast<const uint32_t*>(&in.at[e]);
+      const ptx::Halves halves =
+          std::is_same_v<T, Float8> ? ptx::float8_to_halves(word) : ptx::int8_to_halves(word);
+      const float2 even = __half22float2(reinterpret_cast<const __half2&>(halves.even));
+      const float2 odd = __half22float2(reinterpret_cast<const __half2&>(halves.odd));
+      x[e] = even.x, x[e + 1] = odd.x, x[e + 2] = even.y, x[e + 3] = odd.y;
     }
   } else {
 #pragma unroll
@@ -144,11 +165,12 @@ __device__ __forceinline__ void group_sums(float (&x)[N], int lanes) {
   }
 }
 
+// Maxima likewise; a NaN stays.
 template <int N>
 __device__ __forceinline__ void group_maxima(float (&x)[N], int lanes) {
   for (int step = lanes / 2; step > 0; step /= 2) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = fmaxf(x[i], __shfl_xor_sync(0xffffffffu, x[i], step));
+    for (int i = 0; i < N; ++i) x[i] = ptx::max_nan(x[i], __shfl_xor_sync(0xffffffffu, x[i], step));
   }
 }
 

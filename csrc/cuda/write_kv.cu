@@ -96,14 +96,16 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kByteHeld; ++i) {
 #pragma unroll
-    for (int e = 0; e < kByteVec; ++e) amax[0] = fmaxf(amax[0], fabsf(to_float(in[i].at[e])));
+    for (int e = 0; e < kByteVec; ++e) {
+      amax[0] = ptx::max_nan(amax[0], fabsf(to_float(in[i].at[e])));
+    }
   }
   group_maxima(amax, lanes);
   const Slot slot = locate_slot(c, place, a.flag, kWriteKV, index == 0 && lane == 0);
   if (slot.page < 0) return;
   const bool int8 = c.dtype == ScalarType::Char;
   const float scale = byte_scale(amax[0], int8);
-  const Quotient quotient(scale);
+  const float inverse = 1.0f / scale;
   uint8_t* to = is_k ? static_cast<uint8_t*>(c.k) + slot.page * c.k_page + slot.token * c.k_token +
                            head * c.k_head
                      : static_cast<uint8_t*>(c.v) + slot.page * c.v_page + slot.token * c.v_token +
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
     float x[kByteVec];
     keep_packed(in[i]);
     widen(in[i], x);
-    store_bytes(to + column, x, quotient, int8);
+    store_bytes(to + column, x, inverse, int8);
   }
   if (lane == 0) {
     (is_k ? c.k_scale + slot.page * c.ks_page + slot.token * c.ks_token
@@ -140,23 +142,25 @@ __global__ void __launch_bounds__(kThreads)
   const T* from = is_k ? static_cast<const T*>(a.k) + token * a.rows.k_token + head * a.rows.k_head
                        : static_cast<const T*>(a.v) + token * a.rows.v_token + head * a.rows.v_head;
   float amax = 0.0f;
-  for (int i = lane; i < dim; i += lanes) amax = fmaxf(amax, fabsf(to_float(from[i])));
+  for (int i = lane; i < dim; i += lanes) {
+    amax = ptx::max_nan(amax, fabsf(to_float(from[i])));
+  }
   const unsigned group = (lanes == 32 ? 0xffffffffu : (1u << lanes) - 1)
                          << (threadIdx.x % 32 / lanes * lanes);
   for (int step = lanes / 2; step > 0; step /= 2) {
-    amax = fmaxf(amax, __shfl_xor_sync(group, amax, step));
+    amax = ptx::max_nan(amax, __shfl_xor_sync(group, amax, step));
   }
   const Slot slot = locate_slot(c, a.slots[token], a.flag, kWriteKV, index == 0 && lane == 0);
   if (slot.page < 0) return;
   const bool int8 = c.dtype == ScalarType::Char;
-  const float scale = byte_scale(amax, int8);
+  const float scale = byte_scale(amax, int8), inverse = 1.0f / scale;
   uint8_t* to = is_k ? static_cast<uint8_t*>(c.k) + slot.page * c.k_page + slot.token * c.k_token +
                            head * c.k_head
                      : static_cast<uint8_t*>(c.v) + slot.page * c.v_page + slot.token * c.v_token +
                            head * c.v_head;
   for (int i = lane; i < dim; i += lanes) {
-    const float x = to_float(from[i]) / scale;
-    to[i] = int8 ? static_cast<uint8_t>(from_float<int8_t>(x)) : from_float<__nv_fp8_e4m3>(x).__x;
+    const float x[1] = {to_float(from[i])};
+    store_bytes(to + i, x, inverse, int8);
   }
   if (lane == 0) {
     (is_k ? c.k_scale + slot.page * c.ks_page + slot.token * c.ks_token

@@ -4,13 +4,13 @@ import reference
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from reference import FLOAT8, INT8
 from torch import Tensor
 
 from torch_pd import ops
 
 DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FLOAT8, INT8 = torch.float8_e4m3fn, torch.int8
 ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
 LAYER = 1
 nan = float("nan")

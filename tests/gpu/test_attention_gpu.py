@@ -14,12 +14,21 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from reference import PLACE_SHIFT, poisoned, ref_paged_attention, relative_error
+from reference import (
+    BYTES,
+    FLOAT8,
+    INT8,
+    PLACE_SHIFT,
+    as_bytes,
+    poisoned,
+    ref_paged_attention,
+    relative_error,
+    values_of,
+)
 
 from torch_pd import ops
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-FP8, INT8 = torch.float8_e4m3fn, torch.int8
 # Relative to the largest value of the reference; bfloat16 has 8 bits, and p is rounded as well.
 TOLERANCE = {BF16: 1e-2, F16: 2e-3, F32: 2e-5}
 LAYERS, LAYER = 2, 1
@@ -63,13 +72,13 @@ class Case:
 def make_place(pages: int, block: int, heads: int, dim: int, dtype: torch.dtype, pinned: bool):
     shape = (pages, LAYERS, 2, block, heads, dim)
     size = math.prod(shape[1:]) * dtype.itemsize
-    total = size + (math.prod(shape[1:5]) * 4 if dtype in (FP8, INT8) else 0)
+    total = size + (math.prod(shape[1:5]) * 4 if dtype in BYTES else 0)
     kwargs = {"pin_memory": True} if pinned else {"device": "cuda"}
     # A guard page before and after.
     memory = torch.empty(pages + 2, total, dtype=torch.uint8, **kwargs).fill_(0xFF)
     inside = memory[1:-1]
     data = inside[:, :size].view(dtype).unflatten(1, shape[1:])
-    scales = inside[:, size:].view(F32).unflatten(1, shape[1:5]) if dtype in (FP8, INT8) else None
+    scales = inside[:, size:].view(F32).unflatten(1, shape[1:5]) if dtype in BYTES else None
     return Place(memory, data, scales)
 
 
@@ -117,10 +126,10 @@ def make_case(
             place = places[where]
             if stored is not None:
                 scale = torch.exp(torch.randn(2, high - low, kv_heads, generator=generator))
-                most = 127 if stored == INT8 else 448
-                kv = (kv * most / 7).clamp(-most, most).to(stored)
+                most = BYTES[stored]
+                kv = as_bytes((kv * most / 7).clamp(-most, most), stored)
                 place.scales[page, LAYER, :, low:high] = (scale / most * 7).to(place.scales.device)
-                exact = kv.double() * (scale / most * 7).double()[..., None]
+                exact = values_of(kv).double() * (scale / most * 7).double()[..., None]
             else:
                 kv = kv.to(dtype)
                 exact = kv.double()
@@ -172,7 +181,7 @@ def cases(draw, most_queries: int, most_keys: int) -> dict:
     if sum(queries) == 0:
         queries[0] = 1
     lens = [n + draw(st.integers(0, most_keys)) for n in queries]
-    stored = draw(st.sampled_from([None, FP8, INT8]))
+    stored = draw(st.sampled_from([None, FLOAT8, INT8]))
     return {
         "lens": lens,
         "queries": queries,
@@ -204,7 +213,7 @@ def test_prefill(case: dict) -> None:
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("stored", [None, FP8, INT8])
+@pytest.mark.parametrize("stored", [None, FLOAT8, INT8])
 def test_decode_many_slices(dim: int, stored: torch.dtype | None) -> None:
     """Long and skewed: sequences that many slices share, others that none cuts."""
     lens = [6000, 1, 17, 900, 1500, 64, 16]
@@ -231,13 +240,13 @@ def test_plain(dim: int) -> None:
     make_case([50, 3, 90], [7, 1, 40], dim=dim, dtype=F32, window=30, sinks=True).check()
     if dim != 64:
         make_case([50, 3, 90], [7, 1, 40], dim=dim, dtype=F16, soft_cap=3.0).check()
-        make_case([50, 3, 90], [7, 1, 40], dim=dim, dtype=F32, stored=FP8, pinned=True).check()
+        make_case([50, 3, 90], [7, 1, 40], dim=dim, dtype=F32, stored=FLOAT8, pinned=True).check()
 
 
 @pytest.mark.parametrize(
     ("lens", "queries"), [([3000, 70, 1], [1, 1, 1]), ([400, 90, 500], [200, 1, 3])]
 )
-@pytest.mark.parametrize("stored", [None, FP8, INT8])
+@pytest.mark.parametrize("stored", [None, FLOAT8, INT8])
 def test_graph_replay_equals_eager(
     lens: list[int], queries: list[int], stored: torch.dtype | None
 ) -> None:

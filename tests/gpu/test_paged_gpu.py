@@ -79,6 +79,30 @@ def test_k_and_v_of_different_width():
     assert torch.equal(v_out[[15, 17]], v[[0, 2]])
 
 
+@pytest.mark.parametrize("dtype", [FLOAT8, INT8])
+@pytest.mark.parametrize("dim", [64, 18])
+def test_bytes_of_extreme_heads(dtype, dim):
+    """NaN and infinities make all of a head NaN; tiny and large values are those of the CPU."""
+    pool = on_device(reference.make_pool(2, 2, 16, 2, dim, dtype))
+    k = torch.randn(6, 2, dim)
+    k[0, 0, 3], k[1, 1, 5], k[2, 0, 0] = nan, torch.inf, -torch.inf
+    k[3], k[4], k[5] = k[3] * 1e-44, k[4] * 1e30, k[5] * 1e-30
+    expected = reference._pool_views(pool.memory.cpu(), pool.data.shape, dtype)
+    slots = torch.arange(6)
+    ops.write_kv(k.to(DEVICE), k.to(DEVICE), *pool.layer(0), slots.to(DEVICE), **pool.scales(0))
+    ops.write_kv(k, k, *expected.layer(0), slots, **expected.scales(0))
+    for found in (pool.layer(0)[0][0, :6], pool.layer(0)[1][0, :6]):
+        assert torch.equal(found[3:].cpu(), expected.layer(0)[0][0, 3:6])
+    bad = torch.zeros(6, 2, dtype=torch.bool)
+    bad[0, 0] = bad[1, 1] = bad[2, 0] = True
+    for name, scale in pool.scales(0).items():
+        found, same = scale[0, :6].cpu(), expected.scales(0)[name][0, :6]
+        held = reference.values_of(pool.layer(0)[0][0, :6].cpu()) * found[..., None]
+        assert torch.equal(held.isnan().all(-1), bad)
+        assert torch.equal(held.isnan().any(-1), bad)
+        assert torch.equal(found[~bad], same[~bad])
+
+
 def starts_of(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 

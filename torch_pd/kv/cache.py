@@ -12,8 +12,9 @@ from torch_pd.context import Batch, GroupBatch
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.sizing import KVShape
 
-BYTE_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-"""Of pages that hold bytes and a scale for each head of a token, by kv_cache_dtype."""
+BYTE_DTYPES = {"fp8": torch.uint8, "int8": torch.int8}
+"""Of pages that hold bytes and a scale for each head of a token, by kv_cache_dtype. uint8: float8
+of three exponent and four mantissa bits, which torch has no name for (docs/layouts.md)."""
 
 
 class LayerCache(NamedTuple):

@@ -1,5 +1,6 @@
 // What caches of one byte a value hold, times a scale of each head: int8 from -127 to 127, or
-// float8_e4m3fn (no infinity, NaN 0x7f, largest 448, subnormals in steps of 2^-9).
+// float8, which is bits 15 and 12 to 6 of a float16 whose other bits are 0: a sign, three bits of
+// exponent and four of mantissa, subnormals in steps of 2^-18, no infinity and no NaN.
 #pragma once
 
 #include "simd.h"
@@ -9,24 +10,23 @@ namespace TORCH_PD_ISA {
 
 typedef uint8_t VB __attribute__((vector_size(kLanes)));
 
-TPD_INLINE VF widen_e4m3(VB x) {
+TPD_INLINE VF widen_float8(VB x) {
   const VU bits = __builtin_convertvector(x, VU), size = bits & 0x7f;
-  const VU normal = (size << 20) + (120u << 23);
-  const VU tiny = bits_of<VU>(__builtin_convertvector(bits_of<VI>(size), VF) * 0x1p-9f);
-  VU out = size < 8 ? tiny : normal;
-  out = size == 0x7f ? VU{} + 0x7fc00000 : out;
-  return bits_of<VF>(out | ((bits & 0x80) << 24));
+  const VU normal = (size << 19) + (112u << 23);
+  const VU tiny = bits_of<VU>(__builtin_convertvector(bits_of<VI>(size), VF) * 0x1p-18f);
+  return bits_of<VF>((size < 16 ? tiny : normal) | ((bits & 0x80) << 24));
 }
 
-// Round to nearest even, saturating at 448; a NaN stays a NaN.
-TPD_INLINE VB narrow_e4m3(VF x) {
+// Rounds to the nearest, ties away from zero (the cheapest on a GPU), saturating; a NaN becomes 0.
+TPD_INLINE VB narrow_float8(VF x) {
   const VU bits = bits_of<VU>(x), size = bits & 0x7fffffff;
-  const VU normal = (size - (120u << 23) + 0x7ffff + ((size >> 20) & 1)) >> 20;
-  // Adding 2^14 rounds at 2^-9 and leaves the count of such steps in the low bits.
-  const VU tiny = bits_of<VU>(bits_of<VF>(size) + 0x1p14f) - (141u << 23);
-  VU out = size < (121u << 23) ? tiny : normal;
-  out = size > 0x43e00000 ? VU{} + 0x7e : out;
-  out = size > 0x7f800000 ? VU{} + 0x7f : out;
+  const VU normal = (size - (112u << 23) + (1u << 18)) >> 19;
+  // Twice the number of steps, cut to an integer, still tells which step is the nearest.
+  const VF small = bits_of<VF>(size < (113u << 23) ? size : VU{});
+  const VU tiny = (bits_of<VU>(__builtin_convertvector(small * 0x1p19f, VI)) + 1) >> 1;
+  VU out = size < (113u << 23) ? tiny : normal;
+  out = out > 0x7f ? VU{} + 0x7f : out;
+  out = size > 0x7f800000 ? VU{} : out;
   return __builtin_convertvector(out | ((bits >> 24) & 0x80), VB);
 }
 
@@ -44,11 +44,8 @@ TPD_INLINE VB narrow_int8(VF x) {
   return __builtin_convertvector(x == x ? bits & 0xff : VU{}, VB);
 }
 
-TPD_INLINE VF widen_bytes(VB x, bool int8) { return int8 ? widen_int8(x) : widen_e4m3(x); }
-TPD_INLINE VB narrow_bytes(VF x, bool int8) { return int8 ? narrow_int8(x) : narrow_e4m3(x); }
-
-// The largest value that is stored.
-TPD_INLINE float largest_byte(bool int8) { return int8 ? 127.0f : 448.0f; }
+TPD_INLINE VF widen_bytes(VB x, bool int8) { return int8 ? widen_int8(x) : widen_float8(x); }
+TPD_INLINE VB narrow_bytes(VF x, bool int8) { return int8 ? narrow_int8(x) : narrow_float8(x); }
 
 }  // namespace TORCH_PD_ISA
 }  // namespace torch_pd

@@ -17,12 +17,6 @@ TPD_INLINE float sum(VF x) {
   return x[0];
 }
 
-TPD_INLINE float largest(VF x) {
-  float result = x[0];
-  for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
-  return result;
-}
-
 // n <= kLanes elements, the lanes behind them 0.
 template <typename T>
 TPD_INLINE VF load(const T* p, int64_t n) {
@@ -205,19 +199,22 @@ void gated_act_of(const GatedAct& p, const int64_t* widths, int64_t shards, int6
   }
 }
 
-// One head into a cache of bytes: scale = amax / largest value, 1 if that is 0.
+// One head into a cache of bytes. scale = amax / largest value; 1 if that is not a normal number
+// (all is stored as 0), NaN if the head holds a NaN or an infinity: then all of it reads as NaN.
 template <typename T>
 void write_bytes(const T* from, int64_t width, bool int8, uint8_t* to, float* scale) {
-  VF most{};
+  VI most{};  // of the magnitudes' bits: unlike comparisons of floats that keeps a NaN
   for_columns(width, [&](int64_t c, int64_t n) {
-    const VF x = abs(load(from + c, n));
-    most = x > most ? x : most;
+    const VI size = bits_of<VI>(load(from + c, n)) & 0x7fffffff;
+    most = size > most ? size : most;
   });
-  const float amax = largest(most) / largest_byte(int8);
-  *scale = amax > 0.0f ? amax : 1.0f;
-  const VF divisor = splat(*scale);
+  int32_t top = 0;
+  for (int i = 0; i < kLanes; ++i) top = most[i] > top ? most[i] : top;
+  const float made = bits_of<float>(top) / (int8 ? kInt8Max : kFloat8Max);
+  *scale = made < 0x1p-126f ? 1.0f : made;
+  const VF inverse = splat(1.0f / *scale);
   for_columns(width, [&](int64_t c, int64_t n) {
-    const VB bytes = narrow_bytes(load(from + c, n) / divisor, int8);
+    const VB bytes = narrow_bytes(load(from + c, n) * inverse, int8);
     __builtin_memcpy(to + c, &bytes, n);
   });
 }
