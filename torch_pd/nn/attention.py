@@ -120,7 +120,8 @@ class MaskMark:
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None):
         name = getattr(func, "__name__", str(func))
-        raise TypeError(f"it makes something else of its attention mask ({name})")
+        # Not a TypeError: torch makes that "unsupported operand types".
+        raise ValueError(f"it makes something else of its attention mask ({name})")
 
     @functools.cached_property
     def window(self) -> int:

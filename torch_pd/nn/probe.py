@@ -327,11 +327,14 @@ def _record(model: PreTrainedModel, firsts: Sequence[int]) -> Probe:
                 by_module[id(layer)] = ProbedLayer(None, "", layer, "")  # type: ignore[arg-type]
                 hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
                 hooks.append(layer.register_forward_hook(after))
+    what = "its forward pass over pages failed"
+    if device.type == "meta":
+        what = "its forward pass, to be looked at before its weights are loaded, needs numbers"
     try:
         with (
             torch.no_grad(),
             watch,
-            _explained(model, "its forward pass over pages failed"),
+            _explained(model, what),
         ):
             _run(model, [0] * len(LENGTHS), LENGTHS, firsts)
     finally:
