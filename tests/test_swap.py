@@ -22,6 +22,7 @@ class TieredMachine(RuleBasedStateMachine):
         usable=st.integers(1, 10),
         host=st.integers(1, 12),
         records=st.sampled_from([0, 0, 3, 20]),
+        peer=st.integers(0, 5),
         block_size=st.sampled_from([1, 2, 4]),
         seqs=st.integers(1, 5),
         tokens=st.sampled_from([1, 3, 7, 64]),
@@ -37,6 +38,7 @@ class TieredMachine(RuleBasedStateMachine):
         usable,
         host,
         records,
+        peer,
         block_size,
         seqs,
         tokens,
@@ -48,7 +50,11 @@ class TieredMachine(RuleBasedStateMachine):
         seed,
     ):
         costs = SwapCosts(1.0, 1.0) if recompute else None
-        scheduler = make_tiered(usable, host, records, block_size, seqs, tokens, 40, caching, costs)
+        peer = 0 if records else peer
+        host -= min(host, peer)  # perhaps nothing is left of it
+        scheduler = make_tiered(
+            usable, host, records, block_size, seqs, tokens, 40, caching, costs, peer
+        )
         self.model = TieredModel(
             scheduler, random.Random(seed), faults, overlap=overlap, stop_every=stop_every
         )

@@ -10,9 +10,18 @@ from torch_pd.kv.tiers import Tiers
 
 
 def make_tiered(
-    usable, host, records=0, block_size=4, seqs=8, tokens=64, length=256, caching=False, costs=None
+    usable,
+    host,
+    records=0,
+    block_size=4,
+    seqs=8,
+    tokens=64,
+    length=256,
+    caching=False,
+    costs=None,
+    peer=0,
 ):
-    """A scheduler over a GPU pool and a host pool of so many usable pages."""
+    """A scheduler over a GPU pool and a host pool of so many usable pages, and pages of a peer."""
     gpu = PageAllocator(usable + 1, enable_prefix_caching=caching)
     return Scheduler(
         gpu,
@@ -20,7 +29,7 @@ def make_tiered(
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         max_model_len=length,
-        tiers=Tiers(gpu, host + 1, records),
+        tiers=Tiers(gpu, host + 1 + peer, records, host + 1 if peer else None),
         costs=costs or SwapCosts(),
     )
 
@@ -31,29 +40,32 @@ class TieredModel(FakeModel):
     def __init__(self, scheduler, random, faults=0.0, **kwargs):
         super().__init__(scheduler, **kwargs)
         self.random, self.faults = random, faults
-        self.waiting = {False: [], True: []}
-        self.done = [0, 0]
+        self.lanes = range(len(scheduler.tiers.queue.done))
+        self.waiting = [[] for _ in self.lanes]
+        self.done = [0 for _ in self.lanes]
         self.records = {}
         self.jobs = []
 
     # Moves.
 
-    def ready(self, out):
-        queue = self.waiting[out]
-        return bool(queue) and queue[0].after <= self.done[not out]
+    def ready(self, lane):
+        queue = self.waiting[lane]
+        return bool(queue) and all(
+            after <= done for after, done in zip(queue[0].after, self.done, strict=True)
+        )
 
-    def advance(self, out):
-        moves = self.waiting[out].pop(0)
+    def advance(self, lane):
+        moves = self.waiting[lane].pop(0)
         pairs = list(moves.pairs)
         self.random.shuffle(pairs)
-        source, target = (0, HOST_BITS) if out else (HOST_BITS, 0)
+        source, target = (0, HOST_BITS) if moves.out else (HOST_BITS, 0)
         for a, b in pairs:
             self.pages[target | b] = list(self.pages[source | a])
-        self.done[out] = moves.ticket
+        self.done[lane] = moves.ticket
 
     def until(self, tickets):
-        while any(self.done[d] < ticket for d, ticket in enumerate(tickets)):
-            able = [d for d in (False, True) if self.ready(d)]
+        while any(done < ticket for done, ticket in zip(self.done, tickets, strict=False)):
+            able = [lane for lane in self.lanes if self.ready(lane)]
             assert able, "the batches wait for each other"
             self.advance(self.random.choice(able))
 
@@ -61,9 +73,9 @@ class TieredModel(FakeModel):
         """Runs a few of the moves and jobs that may run, and tells their ends."""
         tiers = self.scheduler.tiers
         for _ in range(self.random.randint(0, 4)):
-            out = self.random.random() < 0.5
-            if self.ready(out):
-                self.advance(out)
+            lane = self.random.choice(self.lanes)
+            if self.ready(lane):
+                self.advance(lane)
         if self.random.random() < 0.7:
             tiers.queue.done = list(self.done)
         self.random.shuffle(self.jobs)
@@ -89,14 +101,14 @@ class TieredModel(FakeModel):
         s.check()
         self.jobs += plan.jobs
         for moves in plan.moves:
-            self.waiting[moves.out].append(moves)
+            self.waiting[moves.lane].append(moves)
         if not plan.seqs and not plan.failed and s.has_unfinished and not self.under_way:
             # Only the disk may hold everything up.
             assert s.tiers.archive.busy, "no work although some is left"
             self.until([m.ticket for m in ()])
-            for out in (False, True):
-                while self.ready(out):
-                    self.advance(out)
+            for lane in self.lanes:
+                while self.ready(lane):
+                    self.advance(lane)
             s.tiers.queue.done = list(self.done)
             while self.jobs:
                 self.end(self.jobs.pop())
@@ -110,6 +122,6 @@ class TieredModel(FakeModel):
 
     def some_moves(self):
         for _ in range(self.random.randint(0, 4)):
-            out = self.random.random() < 0.5
-            if self.ready(out):
-                self.advance(out)
+            lane = self.random.choice(self.lanes)
+            if self.ready(lane):
+                self.advance(lane)

@@ -170,6 +170,11 @@ class EngineConfig:
         "of sequences larger than the GPU's pool",
         bounds="[0, inf)",
     )
+    peer_kv_gib: float = option(
+        0.0,
+        "GiB of GPU memory that each rank outside data_ranks lends to those inside for KV pages",
+        bounds="[0, inf)",
+    )
     disk_kv_gib: float = option(0.0, "GiB of disk for the KV pages of prefixes", bounds="[0, inf)")
     disk_kv_path: str | None = option(None, "folder for KV pages on disk")
     data_parallel_size: int = option(1, "ranks to spawn", bounds="[1, inf)")
@@ -198,6 +203,8 @@ class EngineConfig:
             self._check_data_ranks()
         else:
             self._check_not_pooled()
+        if self.peer_kv_gib:
+            self._check_lenders()
         if self.device == "cpu":
             self._check_cpu()
         self._check_tiers()
@@ -238,6 +245,12 @@ class EngineConfig:
             )
         if self.data_ranks is None:
             return
+        if ranks == 1:
+            raise ValueError(
+                f"peer_kv_gib={self.peer_kv_gib} and data_ranks={list(self.data_ranks)} take the "
+                "memory of other ranks, and there is one; give data_parallel_size=2 or more, or "
+                "host_kv_gib"
+            )
         for name, named in (
             ("param_ranks", self.param_ranks or ()),
             ("data_ranks", self.data_ranks),
@@ -247,7 +260,13 @@ class EngineConfig:
                 raise ValueError(
                     f"{name}={list(named)} has {outside[0]}, but the ranks are 0..{ranks - 1}"
                 )
-        assert self.param_ranks is not None
+        if self.param_ranks is None:
+            if len(self.data_ranks) == ranks:
+                raise ValueError(
+                    f"peer_kv_gib={self.peer_kv_gib}: data_ranks={list(self.data_ranks)} are all "
+                    f"of the {ranks} ranks, so none is left to lend memory; leave one out"
+                )
+            return  # the ranks outside data_ranks lend memory and do nothing else
         idle = sorted(set(range(ranks)) - {*self.param_ranks, *self.data_ranks})
         if idle:
             raise ValueError(
@@ -264,6 +283,8 @@ class EngineConfig:
     def _check_not_pooled(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
+            if f.name == "data_ranks" and self.peer_kv_gib:
+                continue  # the others lend
             if f.name in _POOLED_ONLY and value != f.default:
                 raise ValueError(
                     f"{f.name}={value!r} has no meaning with weights={self.weights!r}; leave it "
@@ -286,8 +307,7 @@ class EngineConfig:
                 f"data_ranks={list(data)} needs param_ranks, the ranks that hold the weights; "
                 "without both, every rank holds weights and KV pages"
             )
-        if not data or len(set(data)) != len(data):
-            raise ValueError(f"data_ranks={list(data)} must name at least one rank, each once")
+        self._check_each_once(data)
         both = sorted(set(data) & set(params))
         if both:
             raise ValueError(
@@ -298,6 +318,24 @@ class EngineConfig:
         if self.weight_replicas != 1:
             raise ValueError(
                 f"weight_replicas={self.weight_replicas} cannot be combined with data_ranks; give 1"
+            )
+
+    def _check_each_once(self, data: tuple[int, ...]) -> None:
+        if not data or len(set(data)) != len(data):
+            raise ValueError(f"data_ranks={list(data)} must name at least one rank, each once")
+
+    def _check_lenders(self) -> None:
+        size, data = self.peer_kv_gib, self.data_ranks
+        if data is None:
+            raise ValueError(
+                f"peer_kv_gib={size} needs data_ranks, the ranks that run requests: the others "
+                "lend them memory"
+            )
+        self._check_each_once(data)
+        if self.disk_kv_gib:
+            raise ValueError(
+                f"peer_kv_gib={size} and disk_kv_gib={self.disk_kv_gib} cannot be combined in this "
+                "version: give one of them (peer_kv_gib goes with host_kv_gib)"
             )
 
     def _check_tiers(self) -> None:

@@ -111,7 +111,8 @@ class LLM:
         runs = self._running()
         if runs.engine is None:
             raise RuntimeError(
-                "with data_parallel_size > 1 the engines are in the ranks' processes; see stats()"
+                "with data_parallel_size > 1 the engines are in the ranks' processes (a rank that "
+                "only lends memory has none); see stats()"
             )
         return runs.engine
 

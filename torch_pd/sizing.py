@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 GIB = 1 << 30
+LENT_ALIGN = 256
+"""Bytes, of where a borrower's part of a lender's block begins."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,27 @@ def tier_pages(page_bytes: int, gib: float, available: int, setting: str, what: 
     return pages
 
 
+def lent_bytes(gib: float, borrowers: int) -> int:
+    """Bytes that each borrower has of a block of ``gib`` GiB."""
+    return int(gib * GIB) // borrowers // LENT_ALIGN * LENT_ALIGN
+
+
+def lent_pages(page_bytes: int, gib: float, lenders: int, borrowers: int) -> int:
+    """Pages that a borrower has of all lenders.
+
+    Raises:
+        ValueError: not one page of each.
+    """
+    pages = lent_bytes(gib, borrowers) // page_bytes
+    if not pages:
+        least = borrowers * (page_bytes + LENT_ALIGN) / GIB
+        raise ValueError(
+            f"peer_kv_gib={gib}: {int(gib * GIB):,} bytes of a lender / {borrowers} borrowers is "
+            f"less than a page of {page_bytes:,} bytes; give at least peer_kv_gib={least:.6f}"
+        )
+    return lenders * pages
+
+
 def most_pages(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
     """Pages that ``max_num_seqs`` sequences of full length hold, and page 0."""
     return max_num_seqs * -(-max_model_len // block_size) + 1
@@ -125,16 +148,22 @@ class Ledger:
         """Bytes for KV pages; may be negative."""
         return self.budget - sum(self.lines.values())
 
+    def describe(self) -> str:
+        """Budget and lines, for error messages."""
+        lines = " - ".join(f"{name} {size / GIB:.2f}" for name, size in self.lines.items() if size)
+        return (
+            f"gpu_memory_utilization={self.share:g} of {self.total / GIB:.2f} GiB is a budget of "
+            f"{self.budget / GIB:.2f} GiB - {lines}"
+        )
+
     def check(self, kv_bytes: int, shape: KVShape, setting: str | None = None) -> None:
         """Raises ValueError if KV pages of ``kv_bytes`` do not fit; with the arithmetic and what
         would fit. ``setting``: what asked for so much, None if it is the least that works."""
         if kv_bytes <= self.left:
             return
-        lines = " - ".join(f"{name} {size / GIB:.2f}" for name, size in self.lines.items() if size)
         needed = sum(self.lines.values()) + kv_bytes
         text = (
-            f"gpu_memory_utilization={self.share:g} of {self.total / GIB:.2f} GiB is a budget of "
-            f"{self.budget / GIB:.2f} GiB - {lines} = {self.left / GIB:.2f} GiB for KV pages, but "
+            f"{self.describe()} = {self.left / GIB:.2f} GiB for KV pages, but "
             f"{setting or 'two pages'} need {kv_bytes / GIB:.4f} GiB ({shape.describe()})"
         )
         remedies = []
@@ -191,8 +220,8 @@ def fit_model_len(
         if asked > capacity:
             raise ValueError(
                 f"max_model_len={asked} does not fit: the KV pool holds {num_pages - 1} pages x "
-                f"{block_size} = {capacity} tokens; raise kv_cache_gib or host_kv_gib, or lower "
-                "max_model_len"
+                f"{block_size} = {capacity} tokens; raise kv_cache_gib, host_kv_gib or "
+                "peer_kv_gib, or lower max_model_len"
             )
         return asked, None
     if model_max > capacity:

@@ -1,12 +1,14 @@
-// Migrator: copies whole KV pages between the GPU's pool and the host's, in batches, one FIFO queue
-// for each direction. On a GPU the queues are side streams and the copy engines work; on the CPU,
-// where both pools are host memory, they are threads.
+// Migrator: copies whole KV pages between the GPU's pool and the pools under it (the host's, and
+// memory of peer GPUs), in batches, one FIFO queue for each lane: a direction of a link. On a GPU
+// the queues are side streams and the copy engines work; on the CPU, where all pools are host
+// memory, they are threads.
 //
-// Batches of a direction are numbered 1, 2, 3, ...: the tickets. A batch runs after all earlier
-// ones of its direction, after ticket `after` of the other direction and, on a GPU, after
-// everything that the compute stream was given before. The copies of one batch run in any order.
+// Batches of a lane are numbered 1, 2, 3, ...: the tickets. A batch runs after all earlier ones of
+// its lane, after the tickets `after` of the other lanes and, on a GPU, after everything that the
+// compute stream was given before. The copies of one batch run in any order.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <condition_variable>
 #include <cstdint>
@@ -17,6 +19,8 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "runtime/bindings.h"
@@ -36,43 +40,63 @@ struct Copy {
   size_t bytes;
 };
 
-struct Pools {
-  char *gpu, *host;
-  int64_t gpu_pages, host_pages;
-  size_t page_bytes;
-  int64_t chunk_pages;  // of the host pool: one copy must not cross registered chunks
+// Lanes: from the host, to the host, from peers, to peers (kv/moves.py).
+using Tickets = std::vector<int64_t>;
 
-  // Pairs are (source page, destination page); out: from the GPU to the host. Neighbours on both
-  // sides become one copy.
+// A run of pages of the pools under the GPU's.
+struct Segment {
+  int64_t first, pages;  // numbers of its pages
+  char* base;
+  int64_t chunk_pages;  // one copy must not cross chunks (the host's are registered one by one)
+};
+
+struct Pools {
+  char* gpu;
+  int64_t gpu_pages;
+  size_t page_bytes;
+  std::vector<Segment> segments;
+
+  const Segment* find(int64_t page) const {
+    for (const Segment& segment : segments) {
+      if (page >= segment.first && page - segment.first < segment.pages) return &segment;
+    }
+    return nullptr;
+  }
+
+  // Pairs are (source page, destination page); out: from the GPU. Neighbours on both sides become
+  // one copy.
   std::vector<Copy> copies(bool out, const int64_t* pairs, size_t count) const {
     std::vector<Copy> list;
     list.reserve(count);
-    int64_t last_gpu = -2, last_host = -2;
+    int64_t last_gpu = -2, last_page = -2;
     for (size_t i = 0; i < count; ++i) {
-      const int64_t g = pairs[2 * i + (out ? 0 : 1)], h = pairs[2 * i + (out ? 1 : 0)];
-      if (g < 0 || g >= gpu_pages || h < 0 || h >= host_pages) {
+      const int64_t g = pairs[2 * i + (out ? 0 : 1)], p = pairs[2 * i + (out ? 1 : 0)];
+      const Segment* segment = find(p);
+      if (g < 0 || g >= gpu_pages || segment == nullptr) {
         throw std::invalid_argument("Migrator: page " + std::to_string(g) + " of " +
-                                    std::to_string(gpu_pages) + " or " + std::to_string(h) +
-                                    " of " + std::to_string(host_pages) + " does not exist");
+                                    std::to_string(gpu_pages) + " of the GPU, or " +
+                                    std::to_string(p) + " under it, does not exist");
       }
-      if (g == last_gpu + 1 && h == last_host + 1 && h % chunk_pages != 0) {
+      const int64_t index = p - segment->first;
+      if (g == last_gpu + 1 && p == last_page + 1 && index % segment->chunk_pages != 0) {
         list.back().bytes += page_bytes;
       } else {
-        char *const on_gpu = gpu + g * page_bytes, *const on_host = host + h * page_bytes;
-        list.push_back({out ? on_gpu : on_host, out ? on_host : on_gpu, page_bytes});
+        char *const on_gpu = gpu + g * page_bytes, *const under =
+                                                       segment->base + index * page_bytes;
+        list.push_back({out ? on_gpu : under, out ? under : on_gpu, page_bytes});
       }
       last_gpu = g;
-      last_host = h;
+      last_page = p;
     }
     return list;
   }
 };
 
-// The CPU twin: a thread for each direction.
+// The CPU twin: a thread for each lane.
 class Threads {
  public:
-  Threads() {
-    for (int d = 0; d < 2; ++d) workers_[d] = std::thread([this, d] { work(d); });
+  explicit Threads(int lanes) : lanes_(lanes) {
+    for (int i = 0; i < lanes; ++i) lanes_[i].worker = std::thread([this, i] { work(lanes_[i]); });
   }
   ~Threads() {
     {
@@ -80,60 +104,67 @@ class Threads {
       stop_ = true;
     }
     changed_.notify_all();
-    for (auto& worker : workers_) worker.join();
+    for (auto& lane : lanes_) lane.worker.join();
   }
 
-  int64_t submit(int direction, std::vector<Copy> copies, int64_t after) {
+  int64_t submit(int lane, std::vector<Copy> copies, Tickets after) {
     const std::lock_guard lock(mutex_);
-    queues_[direction].push_back({std::move(copies), after});
+    lanes_[lane].queue.push_back({std::move(copies), std::move(after)});
     changed_.notify_all();
-    return ++submitted_[direction];
+    return ++lanes_[lane].submitted;
   }
-  int64_t done(int direction) {
+  int64_t done(int lane) {
     const std::lock_guard lock(mutex_);
-    return done_[direction];
+    return lanes_[lane].done;
   }
-  void finish(int direction, int64_t ticket) {
+  void finish(int lane, int64_t ticket) {
     std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return done_[direction] >= ticket; });
+    changed_.wait(lock, [&] { return lanes_[lane].done >= ticket; });
   }
 
  private:
   struct Job {
     std::vector<Copy> copies;
-    int64_t after;
+    Tickets after;
+  };
+  struct Lane {
+    std::deque<Job> queue;
+    int64_t submitted = 0, done = 0;
+    std::thread worker;
   };
 
-  void work(int direction) {
+  bool may_run(const Job& job) const {
+    for (size_t i = 0; i < job.after.size(); ++i) {
+      if (lanes_[i].done < job.after[i]) return false;
+    }
+    return true;
+  }
+
+  void work(Lane& lane) {
     std::unique_lock lock(mutex_);
     for (;;) {
-      auto& queue = queues_[direction];
-      changed_.wait(lock, [&] {
-        return (queue.empty() ? stop_ : done_[1 - direction] >= queue.front().after);
-      });
-      if (queue.empty()) return;
-      const Job job = std::move(queue.front());
-      queue.pop_front();
+      changed_.wait(lock, [&] { return lane.queue.empty() ? stop_ : may_run(lane.queue.front()); });
+      if (lane.queue.empty()) return;
+      const Job job = std::move(lane.queue.front());
+      lane.queue.pop_front();
       lock.unlock();
       for (const Copy& copy : job.copies) std::memcpy(copy.to, copy.from, copy.bytes);
       lock.lock();
-      ++done_[direction];
+      ++lane.done;
       changed_.notify_all();
     }
   }
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<Job> queues_[2];
-  int64_t submitted_[2] = {0, 0}, done_[2] = {0, 0};
+  std::vector<Lane> lanes_;
   bool stop_ = false;
-  std::thread workers_[2];
 };
 
 #ifdef TORCH_PD_RUNTIME_CUDA
 class Streams {
  public:
-  explicit Streams(int device) : device_(device) {
+  Streams(int device, int lanes) : device_(device), lanes_(lanes) {
     const CudaDevice guard(device);
     for (auto& lane : lanes_) {
       cuda_call("cudaStreamCreate", cudaStreamCreateWithFlags(&lane.stream, cudaStreamNonBlocking));
@@ -153,21 +184,23 @@ class Streams {
   }
 
   bool batched() const { return batched_; }
-  cudaStream_t stream(int direction) const { return lanes_[direction].stream; }
+  cudaStream_t stream(int lane) const { return lanes_[lane].stream; }
 
-  // What the next batch of a direction waits for.
-  void begin(int direction, int64_t after, cudaStream_t compute) {
+  // What the next batch of a lane waits for.
+  void begin(int lane, const Tickets& after, cudaStream_t compute) {
     const CudaDevice guard(device_);
     const cudaEvent_t event = take_event();
     cuda_call("cudaEventRecord", cudaEventRecord(event, compute));
-    cuda_call("cudaStreamWaitEvent", cudaStreamWaitEvent(stream(direction), event, 0));
+    cuda_call("cudaStreamWaitEvent", cudaStreamWaitEvent(stream(lane), event, 0));
     spare_.push_back(event);  // a wait holds to the record that it saw
-    wait(1 - direction, after, stream(direction));
+    for (size_t i = 0; i < after.size(); ++i) {
+      if (after[i] > 0) wait(i, after[i], stream(lane));
+    }
   }
 
-  void copy(int direction, const std::vector<Copy>& copies) {
+  void copy(int lane, const std::vector<Copy>& copies) {
     const CudaDevice guard(device_);
-    const cudaStream_t stream = lanes_[direction].stream;
+    const cudaStream_t stream = lanes_[lane].stream;
 #if CUDART_VERSION >= 12080
     if (batched_ && copies.size() > 1) {
       std::vector<void*> to, from;
@@ -200,17 +233,17 @@ class Streams {
     }
   }
 
-  int64_t end(int direction) {
+  int64_t end(int number) {
     const CudaDevice guard(device_);
-    auto& lane = lanes_[direction];
+    Lane& lane = lanes_[number];
     const cudaEvent_t event = take_event();
     cuda_call("cudaEventRecord", cudaEventRecord(event, lane.stream));
     lane.pending.push_back({++lane.submitted, event});
     return lane.submitted;
   }
 
-  int64_t done(int direction) {
-    auto& lane = lanes_[direction];
+  int64_t done(int number) {
+    Lane& lane = lanes_[number];
     while (!lane.pending.empty()) {
       const cudaError_t status = cudaEventQuery(lane.pending.front().event);
       if (status == cudaErrorNotReady) {
@@ -226,16 +259,16 @@ class Streams {
   }
 
   // `stream` goes on after the ticket.
-  void wait(int direction, int64_t ticket, cudaStream_t stream) {
-    if (const Pending* pending = find(direction, ticket)) {
+  void wait(int lane, int64_t ticket, cudaStream_t stream) {
+    if (const Pending* pending = find(lane, ticket)) {
       const CudaDevice guard(device_);
       cuda_call("cudaStreamWaitEvent", cudaStreamWaitEvent(stream, pending->event, 0));
     }
   }
 
   // The host waits.
-  void finish(int direction, int64_t ticket) {
-    if (const Pending* pending = find(direction, ticket)) {
+  void finish(int lane, int64_t ticket) {
+    if (const Pending* pending = find(lane, ticket)) {
       cuda_call("a page move", cudaEventSynchronize(pending->event));
     }
   }
@@ -252,8 +285,8 @@ class Streams {
   };
 
   // Null if the ticket was seen to be complete.
-  const Pending* find(int direction, int64_t ticket) const {
-    const auto& pending = lanes_[direction].pending;
+  const Pending* find(int lane, int64_t ticket) const {
+    const auto& pending = lanes_[lane].pending;
     if (pending.empty() || ticket < pending.front().ticket) return nullptr;
     const size_t index = ticket - pending.front().ticket;
     if (index >= pending.size()) throw std::invalid_argument("Migrator: no such ticket yet");
@@ -273,90 +306,108 @@ class Streams {
 
   int device_;
   bool batched_ = false;
-  Lane lanes_[2];
+  std::vector<Lane> lanes_;
   std::vector<cudaEvent_t> spare_;
 };
 #endif
 
 class Migrator {
  public:
-  // device -1: both pools are host memory.
-  Migrator(int device, size_t page_bytes, uintptr_t gpu, int64_t gpu_pages, uintptr_t host,
-           int64_t host_pages, int64_t chunk_pages)
-      : pools_{reinterpret_cast<char*>(gpu),
-               reinterpret_cast<char*>(host),
-               gpu_pages,
-               host_pages,
-               page_bytes,
-               chunk_pages} {
-    if (page_bytes == 0 || chunk_pages < 1) {
-      throw std::invalid_argument("Migrator: pages and chunks must not be empty");
+  using SegmentTuple = std::tuple<int64_t, int64_t, uintptr_t, int64_t>;
+
+  // device -1: all pools are host memory. Segments are (first page, pages, address, chunk pages).
+  Migrator(int device, size_t page_bytes, uintptr_t gpu, int64_t gpu_pages,
+           const std::vector<SegmentTuple>& segments, int lanes)
+      : pools_{reinterpret_cast<char*>(gpu), gpu_pages, page_bytes, {}}, lanes_(lanes) {
+    for (const auto& [first, pages, address, chunk_pages] : segments) {
+      if (chunk_pages < 1) throw std::invalid_argument("Migrator: chunks must not be empty");
+      pools_.segments.push_back({first, pages, reinterpret_cast<char*>(address), chunk_pages});
+    }
+    if (page_bytes == 0 || lanes < 1) {
+      throw std::invalid_argument("Migrator: pages must not be empty, lanes must be");
     }
     if (device < 0) {
-      threads_ = std::make_unique<Threads>();
+      threads_ = std::make_unique<Threads>(lanes);
       return;
     }
 #ifdef TORCH_PD_RUNTIME_CUDA
-    streams_ = std::make_unique<Streams>(device);
+    streams_ = std::make_unique<Streams>(device, lanes);
 #else
     throw std::invalid_argument("Migrator: this build of torch_pd has no CUDA");
 #endif
   }
 
-  int64_t submit(bool out, const Pairs& pairs, int64_t after, uintptr_t compute) {
+  // Odd lanes lead out of the GPU.
+  int64_t submit(int lane, const Pairs& pairs, const Tickets& after, uintptr_t compute) {
+    check(lane, after);
     if (pairs.ndim() != 2 || pairs.shape(1) != 2) {
       throw std::invalid_argument("Migrator: moves must be [n, 2]");
     }
-    std::vector<Copy> copies = pools_.copies(out, pairs.data(), pairs.shape(0));
+    std::vector<Copy> copies = pools_.copies(lane % 2 == 1, pairs.data(), pairs.shape(0));
     const py::gil_scoped_release release;
-    if (threads_) return threads_->submit(out, std::move(copies), after);
+    if (threads_) return threads_->submit(lane, std::move(copies), after);
     (void)compute;
 #ifdef TORCH_PD_RUNTIME_CUDA
-    streams_->begin(out, after, reinterpret_cast<cudaStream_t>(compute));
-    streams_->copy(out, copies);
-    return streams_->end(out);
+    streams_->begin(lane, after, reinterpret_cast<cudaStream_t>(compute));
+    streams_->copy(lane, copies);
+    return streams_->end(lane);
 #else
     return 0;
 #endif
   }
 
-  int64_t done(bool out) {
-    if (threads_) return threads_->done(out);
+  int64_t done(int lane) {
+    check(lane);
+    if (threads_) return threads_->done(lane);
 #ifdef TORCH_PD_RUNTIME_CUDA
-    return streams_->done(out);
+    return streams_->done(lane);
 #else
     return 0;
 #endif
   }
 
-  void wait(bool out, int64_t ticket, uintptr_t stream) {
-    if (threads_) return threads_->finish(out, ticket);
+  void wait(int lane, int64_t ticket, uintptr_t stream) {
+    check(lane);
+    if (threads_) return threads_->finish(lane, ticket);
     (void)stream;
 #ifdef TORCH_PD_RUNTIME_CUDA
-    streams_->wait(out, ticket, reinterpret_cast<cudaStream_t>(stream));
+    streams_->wait(lane, ticket, reinterpret_cast<cudaStream_t>(stream));
 #endif
   }
 
-  void finish(bool out, int64_t ticket) {
-    if (threads_) return threads_->finish(out, ticket);
+  void finish(int lane, int64_t ticket) {
+    check(lane);
+    if (threads_) return threads_->finish(lane, ticket);
 #ifdef TORCH_PD_RUNTIME_CUDA
-    streams_->finish(out, ticket);
+    streams_->finish(lane, ticket);
 #endif
   }
 
 #ifdef TORCH_PD_RUNTIME_CUDA
   bool batched() const { return streams_ && streams_->batched(); }
-  uintptr_t stream(bool out) const {
-    return streams_ ? reinterpret_cast<uintptr_t>(streams_->stream(out)) : 0;
+  uintptr_t stream(int lane) const {
+    check(lane);
+    return streams_ ? reinterpret_cast<uintptr_t>(streams_->stream(lane)) : 0;
   }
-  void begin(bool out, int64_t after, uintptr_t compute) {
-    streams_->begin(out, after, reinterpret_cast<cudaStream_t>(compute));
+  void begin(int lane, const Tickets& after, uintptr_t compute) {
+    check(lane, after);
+    streams_->begin(lane, after, reinterpret_cast<cudaStream_t>(compute));
   }
-  int64_t end(bool out) { return streams_->end(out); }
+  int64_t end(int lane) {
+    check(lane);
+    return streams_->end(lane);
+  }
 #endif
 
  private:
+  void check(int lane, const Tickets& after = {}) const {
+    if (lane < 0 || lane >= lanes_ || after.size() > static_cast<size_t>(lanes_)) {
+      throw std::invalid_argument("Migrator: no such lane");
+    }
+  }
+
   Pools pools_;
+  int lanes_;
   std::unique_ptr<Threads> threads_;
 #ifdef TORCH_PD_RUNTIME_CUDA
   std::unique_ptr<Streams> streams_;
@@ -370,21 +421,22 @@ class Migrator {
 void bind_migrator(py::module_& m) {
   using namespace torch_pd;
   py::class_<Migrator>(m, "Migrator")
-      .def(py::init<int, size_t, uintptr_t, int64_t, uintptr_t, int64_t, int64_t>(),
+      .def(py::init<int, size_t, uintptr_t, int64_t, const std::vector<Migrator::SegmentTuple>&,
+                    int>(),
            py::arg("device"), py::arg("page_bytes"), py::arg("gpu"), py::arg("gpu_pages"),
-           py::arg("host"), py::arg("host_pages"), py::arg("chunk_pages"))
-      .def("submit", &Migrator::submit, py::arg("out"), py::arg("pairs"), py::arg("after"),
+           py::arg("segments"), py::arg("lanes"))
+      .def("submit", &Migrator::submit, py::arg("lane"), py::arg("pairs"), py::arg("after"),
            py::arg("compute"))
-      .def("done", &Migrator::done, py::arg("out"))
-      .def("wait", &Migrator::wait, py::arg("out"), py::arg("ticket"), py::arg("stream"),
+      .def("done", &Migrator::done, py::arg("lane"))
+      .def("wait", &Migrator::wait, py::arg("lane"), py::arg("ticket"), py::arg("stream"),
            py::call_guard<py::gil_scoped_release>())
-      .def("finish", &Migrator::finish, py::arg("out"), py::arg("ticket"),
+      .def("finish", &Migrator::finish, py::arg("lane"), py::arg("ticket"),
            py::call_guard<py::gil_scoped_release>())
 #ifdef TORCH_PD_RUNTIME_CUDA
       .def_property_readonly("batched", &Migrator::batched)
-      .def("stream", &Migrator::stream, py::arg("out"))
-      .def("begin", &Migrator::begin, py::arg("out"), py::arg("after"), py::arg("compute"))
-      .def("end", &Migrator::end, py::arg("out"))
+      .def("stream", &Migrator::stream, py::arg("lane"))
+      .def("begin", &Migrator::begin, py::arg("lane"), py::arg("after"), py::arg("compute"))
+      .def("end", &Migrator::end, py::arg("lane"))
 #endif
       ;
 }

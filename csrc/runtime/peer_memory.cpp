@@ -89,7 +89,7 @@ class Mapping {
         size_t free = 0, total = 0;
         cudaMemGetInfo(&free, &total);
         throw std::runtime_error("GPU " + std::to_string(device) + " has " + std::to_string(free) +
-                                 " bytes free, a shard of " + std::to_string(size_) +
+                                 " bytes free, a block of " + std::to_string(size_) +
                                  " does not fit");
       }
       driver_call("cuMemCreate", status);

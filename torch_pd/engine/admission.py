@@ -62,7 +62,7 @@ class Admission:
                 seq.num_cached = start
             if self.swapper is not None:
                 seq.arrival = self.swapper.tiers.queue.arrival(pages[seq.num_left :])
-                if seq.arrival:
+                if any(seq.arrival):
                     roster.arrive(seq, pages, start)
                     continue
             roster.run(seq, pages, start)

@@ -1,9 +1,9 @@
 """Engine: requests in, tokens out. Ties scheduler, runner, sampler and detokenizer together."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch_pd.engine.detokenizer import Detokenizer
 from torch_pd.engine.device import device_lost, keep_forever
 from torch_pd.engine.draw import derive_seed
 from torch_pd.engine.inflight import InFlight, Output, Request
+from torch_pd.engine.lender import lend_or_borrow
 from torch_pd.engine.limits import Limits
 from torch_pd.engine.lockstep import Lockstep
 from torch_pd.engine.memory import foresee
@@ -33,6 +34,7 @@ from torch_pd.engine.tickets import Ticket
 from torch_pd.engine.trial import PROMPT_LOGPROB_TOKENS
 from torch_pd.kv.disk import free_space
 from torch_pd.kv.host import available_memory
+from torch_pd.kv.lease import Lease
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.nn.patch import (
     device_of,
@@ -46,9 +48,11 @@ from torch_pd.nn.patch import (
 from torch_pd.request import Logprob, RequestOutput, SamplingParams
 from torch_pd.sizing import (
     GIB,
+    KVShape,
     Ledger,
     cpu_kv_bytes,
     fit_model_len,
+    lent_pages,
     most_pages,
     pages_of_budget,
     tier_pages,
@@ -66,7 +70,7 @@ PromptRows = tuple[InFlight, int, int, int]
 """A request, its first row among a plan's tokens, the position of that one, and how many rows."""
 
 
-@dataclass(slots=True)
+@dataclasses.dataclass(slots=True)
 class UnderWay:
     """A step that was launched and whose tokens were not looked at yet."""
 
@@ -109,6 +113,7 @@ class Engine:
         self.serves = self.serving[0 if world is None else world.rank]
         self.lockstep = lockstep
         self.streaming = streaming
+        self.lease: Lease | None = None
         self.group_idle = True
         """In lockstep: no rank had a request when they last voted."""
         self.tokenizer = tokenizer
@@ -138,6 +143,8 @@ class Engine:
         if device.type == "cuda":
             longest = -(-min(model_max, config.max_model_len or model_max) // config.block_size)
             self.ledger = foresee(model, config, longest, device, *self._stepping())
+        if config.peer_kv_gib:
+            self.lease = self._make_lease(shape)
         if config.kv_cache_gib is not None:
             budget, setting = int(config.kv_cache_gib * GIB), f"kv_cache_gib={config.kv_cache_gib}"
             if self.ledger is not None:
@@ -153,9 +160,11 @@ class Engine:
             budget, setting = 2 * shape.page_bytes, "a rank without requests"
         num_pages = pages_of_budget(shape, budget, setting)
         host_pages, disk_pages = self._tier_pages(shape.page_bytes) if self.serves else (0, 0)
+        peers = [] if self.lease is None else self.lease.pages(shape.page_bytes)
+        under = max(0, host_pages - 1) + sum(map(len, peers))
         longest = -(-min(model_max, config.max_model_len or model_max) // config.block_size)
-        longest = min(longest, num_pages + host_pages - 2)
-        if host_pages and longest >= num_pages and config.kv_cache_gib is None:
+        longest = min(longest, num_pages - 1 + under)
+        if under and longest >= num_pages and config.kv_cache_gib is None:
             # Prefill gathers what lies on the host (engine/stage.py).
             plain = kv_shape(model, config.block_size, "auto")
             stage = Stage.nbytes(plain.page_bytes, plain.num_layers, longest)
@@ -163,7 +172,7 @@ class Engine:
         self.max_model_len, remark = fit_model_len(
             model_max,
             config.max_model_len,
-            num_pages + max(0, host_pages - 1) if self.serves else 1 << 40,
+            num_pages + under if self.serves else 1 << 40,
             config.block_size,
             limit.reason if limit is not None else "",
         )
@@ -182,10 +191,10 @@ class Engine:
         )
         self.carrier: Carrier | None = None
         costs = None
-        if host_pages:
-            self.carrier = Carrier(self.pool, self.allocator, config, host_pages, disk_pages)
+        if under:
+            self.carrier = Carrier(self.pool, self.allocator, config, host_pages, disk_pages, peers)
             num_params = sum(parameter.numel() for parameter in model.parameters())
-            costs = swap_costs(device.type, shape.page_bytes, num_params)
+            costs = swap_costs(device.type, shape.page_bytes, num_params, not host_pages)
         self.scheduler = Scheduler(
             self.allocator,
             block_size=config.block_size,
@@ -211,7 +220,7 @@ class Engine:
             *self._stepping(),
         )
         if self.carrier is not None:
-            self.runner.read_places(self.carrier.places)
+            self.runner.read_places(self.carrier.places, self.carrier.entries)
         self.overlap = True
         """Steps are launched before the tokens of the last one are known; results are the same."""
         self._under_way: UnderWay | None = None
@@ -233,6 +242,23 @@ class Engine:
         self._num_prompt_logprobs = 0
         self._ended = 0, 0  # outputs, and their tokens
         self._decoded: dict[int, str] = {}
+        if self.lease is not None and self.world is not None:
+            self.world.all_gather(self.limits)  # for those that only lend
+
+    def _make_lease(self, shape: KVShape) -> Lease:
+        """What this rank lends, or borrows. Collective."""
+        config, world = self.config, self.world
+        assert world is not None
+        borrowers = sum(self.serving)
+        lent_pages(shape.page_bytes, config.peer_kv_gib, world.size - borrowers, borrowers)
+        if self.ledger is None:
+            return lend_or_borrow(config, world)
+        available = self.ledger.left - 2 * shape.page_bytes
+        lease = Lease(config, world, available, self.ledger.describe())
+        if lease.lends:
+            lines = self.ledger.lines | {"lent KV pages": lease.nbytes}
+            self.ledger = dataclasses.replace(self.ledger, lines=lines)
+        return lease
 
     def _tier_pages(self, page_bytes: int) -> tuple[int, int]:
         """Pages of the host pool and on disk. ValueError if the machine lacks the room."""
@@ -588,6 +614,9 @@ class Engine:
                 torch.cuda.synchronize(self.pool.device)  # kernels may read pages in place
             self.carrier.close()
         device = self.pool.device
+        if self.lease is not None and not self._lost:
+            self.carrier = None  # its tensors would keep the memory
+            self.lease.close()
         del self.runner, self.pool, self.model
         if device.type == "cuda" and not self._lost:
             # The next engine, of this process or another, counts what the driver says is free.

@@ -25,6 +25,7 @@ from torch_pd.config import EngineConfig
 from torch_pd.dist import World, check_gpus, join_torchrun
 from torch_pd.engine.engine import Engine
 from torch_pd.engine.inflight import Request
+from torch_pd.engine.lender import Lender
 from torch_pd.engine.limits import Limits
 from torch_pd.engine.work import Call, pack, run, unpack
 from torch_pd.engine.worker import ABORT, ABORTED, STATS, STOP, Setup, make_engine
@@ -78,7 +79,8 @@ class Single:
     engine: Engine
     pids: ClassVar[list[int]] = []
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine | Lender):
+        assert isinstance(engine, Engine), "a single rank has nobody to lend to"
         self.engine = engine
 
     @property
@@ -238,7 +240,7 @@ class Joined:
         self._world = world
         self._numbers = _Numbers()
         self._threads = torch.get_num_threads()
-        self.engine: Engine | None = None
+        self._own: Engine | Lender | None = None
         # Out of a collective that a dead rank will never join, no exception leads.
         world.board.guard(_GRACE_S)
         try:
@@ -246,7 +248,7 @@ class Joined:
             _compare(world.all_gather(same | dataclasses.asdict(config)))
             if device == "cpu":
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.size))
-            self.engine = make_engine(model, tokenizer, config, device, world)
+            self._own = make_engine(model, tokenizer, config, device, world)
             self._links = _link_up(world)
             self._inbox = _Inbox(self._links) if world.rank == 0 else None
         except BaseException as error:
@@ -262,10 +264,14 @@ class Joined:
         return self._engine.limits
 
     @property
-    def _engine(self) -> Engine:
-        if self.engine is None:
+    def engine(self) -> Engine | None:
+        return self._own if isinstance(self._own, Engine) else None
+
+    @property
+    def _engine(self) -> Engine | Lender:
+        if self._own is None:
             raise GroupError("this rank failed, and the group ended with it")
-        return self.engine
+        return self._own
 
     def run(self, requests: list[Request], stream: bool) -> Iterator[RequestOutput]:
         call = self._numbers.begin(requests, stream)
@@ -379,7 +385,7 @@ class Joined:
         """Tells the others; the guard ends them if they hang."""
         torch.set_num_threads(self._threads)
         self._world.board.fail(f"{type(error).__name__}: {error}")
-        self.engine = None
+        self._own = None
 
     def stats(self) -> dict[str, Any]:
         self._numbers.check()
@@ -387,10 +393,10 @@ class Joined:
 
     def shutdown(self) -> None:
         torch.set_num_threads(self._threads)
-        if self.engine is None:
+        if self._own is None:
             return
-        self.engine.shutdown()
-        self.engine = None
+        self._own.shutdown()
+        self._own = None
         if self._inbox is not None:
             self._inbox.finish()  # once the others have closed their ends
         for link in self._links.values():
@@ -510,10 +516,10 @@ def _link_up(world: World) -> dict[int, Connection]:
 def _sum_stats(each: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts of all ranks together (the longest time of any), and each rank's own as ``ranks``."""
     total: dict[str, Any] = {}
-    for name, value in each[0].items():
-        values = [stats[name] for stats in each]
-        if isinstance(value, int):
+    for name in dict.fromkeys(name for stats in each for name in stats):
+        values = [stats[name] for stats in each if name in stats]  # (a lender has few)
+        if isinstance(values[0], int):
             total[name] = sum(values)
-        elif isinstance(value, float):
+        elif isinstance(values[0], float):
             total[name] = max(values)
     return total | {"ranks": each}

@@ -7,6 +7,7 @@ from torch_pd.engine.sequence import Sequence, Status
 from torch_pd.engine.swapper import Swapper
 from torch_pd.engine.tables import Tables
 from torch_pd.engine.waiting import Waiting
+from torch_pd.kv.moves import NO_WAITS, Waits
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.kv.tiers import Tiers
 
@@ -30,7 +31,7 @@ class Roster:
         self.running = Running()
         self.waiting = Waiting()
         self.arriving: list[Sequence] = []
-        """They run when their pages have come in; in the order of their tickets."""
+        """They run when their pages have come in; in the order of their admission."""
         self.num_taken_out = 0
         """How often one that ran or arrived ended or gave way."""
         self._next_id = 0
@@ -62,17 +63,17 @@ class Roster:
         seq.status = Status.ARRIVING
         self.arriving.append(seq)
 
-    def note_arrivals(self, ticket: int = 0) -> None:
-        """Lets the sequences run whose pages have come in, or will have with a ticket that the
+    def note_arrivals(self, waited: Waits = NO_WAITS) -> None:
+        """Lets the sequences run whose pages have come in, or will have with tickets that the
         step's forward pass waits for."""
         if not self.arriving:
             return
         assert self.swapper is not None
         queue, still = self.swapper.tiers.queue, []
         for seq in self.arriving:
-            if seq.arrival <= queue.done[False]:
+            if queue.has_come(seq.arrival):
                 self.running.add(seq)
-            elif seq.arrival <= ticket:
+            elif queue.has_come(seq.arrival, waited):
                 queue.compute_on(seq.pages[seq.num_left :])
                 self.running.add(seq)
             else:

@@ -27,6 +27,7 @@ from torch_pd.engine.stage import Stage
 from torch_pd.engine.staging import Staging
 from torch_pd.engine.tickets import Ticket, Tickets
 from torch_pd.kv.cache import KVPool
+from torch_pd.kv.moves import HOST_BITS
 from torch_pd.nn.patch import forward_packed, patch_state
 from torch_pd.nn.pooled import new_logits
 from torch_pd.sizing import staging_bytes
@@ -103,6 +104,7 @@ class Runner:
         self._block_tables = torch.zeros((rows, width), dtype=torch.int32, device=device)
         """Of the step that a graph runs: graphs hold one width."""
         self._places: Tensor | None = None
+        self._entries: np.ndarray | None = None
         self._stage: Stage | None = None
         self.tickets = Tickets(rows, device)
         self.graphs: DecodeGraphs | None = None
@@ -112,13 +114,14 @@ class Runner:
         """Why there are no graphs."""
         self.num_replays = 0
 
-    def read_places(self, places: Tensor) -> None:
+    def read_places(self, places: Tensor, entries: np.ndarray | None = None) -> None:
         """Block tables may name pages of other pools from now on.
 
         Args:
             places: see `Batch.places`.
+            entries: where the pages under the GPU pool are, see `Carrier.entries`.
         """
-        self._places = places
+        self._places, self._entries = places, entries
         if self.tables.block_tables.shape[1] >= self.pool.num_pages:
             dtype = patch_state(self.model).call.dtype
             self._stage = Stage(self.pool, self.tables.block_tables.shape[1], dtype)
@@ -340,6 +343,9 @@ class Runner:
         width = -(-int(seq_lens.max()) // block_size)
         block_tables = np.zeros((len(seq_lens), width), np.int32)
         block_tables[:num] = tables[rows, :width]
+        if plan.in_place and self._entries is not None:
+            under = block_tables >= HOST_BITS
+            block_tables[under] = self._entries[block_tables[under] - HOST_BITS]
         settings, keys = self.choices.of(plan, size or plan.num_samples)
         moves = np.array(plan.copies, np.int64).reshape(-1, 2)
         # What graphs read comes first: its place depends on the number of rows alone.

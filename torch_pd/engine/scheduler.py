@@ -238,7 +238,8 @@ class Scheduler:
         arriving = self.roster.arriving
         if not plan.seqs and arriving and not self._flying.plans:
             # Nothing else to do: the forward pass itself waits for the first ones.
-            self.roster.note_arrivals(arriving[0].arrival)
+            # (What comes from a peer is there before what comes from the host.)
+            self.roster.note_arrivals(min(seq.arrival for seq in arriving))
             again = self._plan()
             again.preempted[:0], again.failed[:0] = plan.preempted, plan.failed
             plan = again

@@ -4,6 +4,7 @@ from collections.abc import Sequence as ListLike
 from enum import Enum
 from typing import Any
 
+from torch_pd.kv.moves import NO_WAITS
 from torch_pd.kv.pages import page_hashes
 
 
@@ -85,7 +86,7 @@ class Sequence:
         self.saved: list[int] = []
         self.num_saved = 0
         self.num_left = 0  # entries of pages, from the first, that lie on the host
-        self.arrival = 0  # ticket with which its pages have come in
+        self.arrival = NO_WAITS  # tickets with which its pages have come in
         self.expected = -1  # tokens that it will compute, -1: the disk was not asked for its prefix
         self.error: str | None = None  # why it failed
 

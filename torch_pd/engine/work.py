@@ -10,6 +10,7 @@ from torch_pd.board import Board
 from torch_pd.engine.draw import derive_seed
 from torch_pd.engine.engine import Engine
 from torch_pd.engine.inflight import Request
+from torch_pd.engine.lender import Lender
 from torch_pd.request import RequestOutput
 
 LOOK_AHEAD = 4
@@ -62,12 +63,16 @@ def unpack(outputs: list[RequestOutput], requests: dict[str, Request]) -> list[R
     return outputs
 
 
-def run(engine: Engine, board: Board, call: Call) -> Generator[list[RequestOutput], None, None]:
+def run(
+    engine: Engine | Lender, board: Board, call: Call
+) -> Generator[list[RequestOutput], None, None]:
     """Runs this rank's share of a call; yields the outputs of each step.
 
     A rank holds no more than its running sequences and what its next step can start, so idle ranks
     find the rest in the queue. Closing the iterator drops what is unfinished here.
     """
+    if isinstance(engine, Lender):
+        return
     pending: set[str] = set()
     lengths: deque[int] = deque(maxlen=max(LOOK_AHEAD, engine.config.max_num_seqs))
     try:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch_pd.config import EngineConfig
 from torch_pd.dist import World, connect, free_port_store
 from torch_pd.engine.engine import Engine
+from torch_pd.engine.lender import Lender
 from torch_pd.engine.sharing import follow_plan, load_shared
 from torch_pd.engine.work import Call, pack, run
 from torch_pd.launch import Phase, Ranks, readable
@@ -47,12 +48,19 @@ def make_engine(
     config: EngineConfig,
     device: str,
     world: World | None,
-) -> Engine:
-    """Loads a model and builds the engine on it; collective where there is a world.
+) -> Engine | Lender:
+    """Loads a model and builds the engine on it; collective where there is a world. A rank that
+    only lends memory loads nothing.
 
-    ``weights="auto"`` is settled by the plan for the GPUs (`sharing.follow_plan`).
+    ``weights="auto"`` is settled by the plan for the GPUs (`sharing.follow_plan`), unless ranks
+    lend memory and no param_ranks are named: those that run requests have all weights then.
     """
-    if world is not None and config.weights == "auto":
+    if config.peer_kv_gib and config.weights != "pooled":
+        assert world is not None
+        assert config.data_ranks is not None
+        if world.rank not in config.data_ranks:
+            return Lender(config, world)
+    elif world is not None and config.weights == "auto":
         config = follow_plan(model, config, world)
     if config.weights == "pooled":
         assert world is not None
@@ -105,7 +113,7 @@ def main(link: Connection, setup: Setup) -> None:
     dist.destroy_process_group()
 
 
-def serve(link: Connection, engine: Engine, world: World, call: Call) -> None:
+def serve(link: Connection, engine: Engine | Lender, world: World, call: Call) -> None:
     """Runs a call; sends the outputs of each step, at the end the call's number, or ABORTED."""
     world.board.open(call.number, len(call.requests), 0)
     outputs = run(engine, world.board, call)

@@ -1,30 +1,40 @@
-"""MoveQueue: the order in which pages may move between the GPU pool and the host pool.
+"""MoveQueue: the order in which pages may move between the GPU pool and the pools under it.
 
-Integers only. A page moved out goes from the GPU to the host, a page moved in the other way. Both
-directions run at once, each in the order given, beside the forward pass; what must wait for what is
-worked out here, from the pages that a move touches.
+Integers only. A page moved out goes from the GPU to the host or to a peer, a page moved in the
+other way. All lanes run at once, each in the order given, beside the forward pass; what must wait
+for what is worked out here, from the pages that a move touches.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 HOST = 1
-"""The place of the host pool in block table entries (docs/layouts.md)."""
+"""The place of the host pool in block table entries (docs/layouts.md); peers follow."""
 HOST_BITS = HOST << 28
-"""``HOST_BITS | page`` is the block table entry of a page of the host pool."""
+"""``HOST_BITS | page`` is the scheduler's entry of a page of the pools under the GPU's; a peer's
+place is filled in where block tables become a tensor (`Carrier.entries`)."""
+
+LANES = 4
+"""A lane is a direction of a link: from the host, to the host, from peers, to peers; odd ones lead
+out. Lanes of peers are there only if pages are."""
 
 
 class Moves(NamedTuple):
-    """A batch of page moves in one direction. Its copies run in any order."""
+    """A batch of page moves on one lane. Its copies run in any order."""
 
-    out: bool
-    """From the GPU to the host, else from the host to the GPU."""
+    lane: int
+    """See `LANES`."""
     ticket: int
-    """Number of the batch in its direction, from 1."""
-    after: int
-    """Ticket of the other direction that has to be complete first; 0: none."""
+    """Number of the batch on its lane, from 1."""
+    after: tuple[int, ...]
+    """By lane, tickets that have to be complete first; 0: none."""
     pairs: list[tuple[int, int]]
     """(page of the source pool, page of the destination pool)."""
+
+    @property
+    def out(self) -> bool:
+        """From the GPU pool, else into it."""
+        return self.lane % 2 == 1
 
 
 class DiskJob(NamedTuple):
@@ -36,10 +46,12 @@ class DiskJob(NamedTuple):
 
 
 class Waits(NamedTuple):
-    """The last tickets that the forward pass of a step waits for; 0: none."""
+    """By lane, the last tickets that the forward pass of a step waits for; 0: none."""
 
-    moved_in: int = 0
-    moved_out: int = 0
+    from_host: int = 0
+    to_host: int = 0
+    from_peer: int = 0
+    to_peer: int = 0
 
 
 NO_WAITS = Waits()
@@ -50,58 +62,69 @@ class MoveQueue:
 
     Moves are taken to happen in the order in which they are given, each at once; the tickets make
     that come true. Whoever executes them (kv/migrate.py) runs a batch after the batches before it
-    of its direction, after `Moves.after` of the other one, and after all forward passes started
-    before; the next forward pass waits for `Waits`.
+    of its lane, after `Moves.after` of the others, and after all forward passes started before; the
+    next forward pass waits for `Waits`.
 
     Args:
-        gpu_pages, host_pages: pages of the pools.
+        gpu_pages: pages of the GPU pool.
+        host_pages: pages of the pools under it, the host's and the peers'.
+        first_peer: of those, the first one that lies on a peer; None: none does.
     """
 
-    def __init__(self, gpu_pages: int, host_pages: int) -> None:
-        # By direction (False in, True out) and page: the last ticket that read or wrote it.
-        self._gpu = [0] * gpu_pages, [0] * gpu_pages
+    def __init__(self, gpu_pages: int, host_pages: int, first_peer: int | None = None) -> None:
+        self._first_peer = host_pages if first_peer is None else first_peer
+        lanes = range(2 if first_peer is None else LANES)
+        self._others = [[other for other in lanes if other != lane] for lane in lanes]
+        self._gpu = [[0] * gpu_pages for _ in lanes]
+        """By lane and page: the last ticket that read or wrote it."""
         self._host = [0] * host_pages, [0] * host_pages
-        self._next = [1, 1]
+        """By direction (False in, True out) of the page's link, and page."""
+        self._next = [1 for _ in lanes]
         """Tickets of the batches being collected."""
-        self._pairs: list[list[tuple[int, int]]] = [[], []]
-        self._after = [0, 0]
+        self._pairs: list[list[tuple[int, int]]] = [[] for _ in lanes]
+        self._after = [[0 for _ in lanes] for _ in lanes]
         self._batches: list[Moves] = []
         self._computed: list[int] = []
         self._read: list[int] = []
-        self.done = [0, 0]
-        """Last tickets known to be complete, by direction; the caller writes them."""
-        self.num_moved = [0, 0]
-        """Pages moved in and out so far."""
+        self.done = [0 for _ in lanes]
+        """Last tickets known to be complete, by lane; the caller writes them."""
+        self.num_moved = [0 for _ in lanes]
+        """Pages moved so far, by lane."""
+
+    def _lane(self, out: bool, host_page: int) -> int:
+        return out + 2 * (host_page >= self._first_peer)
 
     def move_out(self, gpu_page: int, host_page: int) -> None:
         """GPU page to host page."""
-        self._add(True, gpu_page, host_page, self._host)
+        self._add(True, gpu_page, host_page)
 
     def move_in(self, host_page: int, gpu_page: int) -> None:
         """Host page to GPU page."""
-        self._add(False, gpu_page, host_page, self._gpu)
+        self._add(False, gpu_page, host_page)
 
-    def _add(
-        self, out: bool, gpu_page: int, host_page: int, written: tuple[list[int], list[int]]
-    ) -> None:
-        other = not out
-        after = max(self._gpu[other][gpu_page], self._host[other][host_page])
-        if after == self._next[other]:
-            self._close(other)
+    def _add(self, out: bool, gpu_page: int, host_page: int) -> None:
+        lane = self._lane(out, host_page)
+        after = [(other, self._gpu[other][gpu_page]) for other in self._others[lane]]
+        after.append((lane ^ 1, self._host[not out][host_page]))
+        for other, ticket in after:
+            if ticket == self._next[other]:
+                self._close(other)
         # A batch has no order inside: it must not write a page twice.
-        if written[out][host_page if out else gpu_page] == self._next[out]:
-            self._close(out)
-        self._after[out] = max(self._after[out], after)
-        ticket = self._next[out]
-        self._gpu[out][gpu_page] = self._host[out][host_page] = ticket
-        self._pairs[out].append((gpu_page, host_page) if out else (host_page, gpu_page))
-        self.num_moved[out] += 1
+        written = self._host[True][host_page] if out else self._gpu[lane][gpu_page]
+        if written == self._next[lane]:
+            self._close(lane)
+        for other, ticket in after:
+            self._after[lane][other] = max(self._after[lane][other], ticket)
+        self._gpu[lane][gpu_page] = self._host[out][host_page] = self._next[lane]
+        self._pairs[lane].append((gpu_page, host_page) if out else (host_page, gpu_page))
+        self.num_moved[lane] += 1
 
-    def _close(self, out: bool) -> None:
-        if self._pairs[out]:
-            self._batches.append(Moves(out, self._next[out], self._after[out], self._pairs[out]))
-            self._pairs[out], self._after[out] = [], 0
-            self._next[out] += 1
+    def _close(self, lane: int) -> None:
+        if self._pairs[lane]:
+            after = tuple(self._after[lane])
+            self._batches.append(Moves(lane, self._next[lane], after, self._pairs[lane]))
+            self._pairs[lane], self._after[lane] = [], [0] * len(after)
+            self._next[lane] += 1
 
     def compute_on(self, gpu_pages: Iterable[int]) -> None:
         """The step's forward pass may write to or read these pages: it waits for all moves of them,
@@ -112,19 +135,31 @@ class MoveQueue:
         """The step's forward pass reads this page where it is: it waits until it has moved out."""
         self._read.append(host_page)
 
-    def arrival(self, gpu_pages: Iterable[int]) -> int:
-        """The ticket with which the last of these pages has come in; 0 if all have."""
-        tickets = self._gpu[False]
-        last = max((tickets[page] for page in gpu_pages), default=0)
-        return last if last > self.done[False] else 0
+    def arrival(self, gpu_pages: Sequence[int]) -> Waits:
+        """The tickets with which the last of these pages have come in; none if all have."""
+        tickets = [0] * LANES
+        for lane in range(0, len(self.done), 2):
+            on_lane = self._gpu[lane]
+            tickets[lane] = max((on_lane[page] for page in gpu_pages), default=0)
+        return self._left(tickets)
+
+    def _left(self, tickets: Iterable[int]) -> Waits:
+        return Waits(*(t if t > d else 0 for t, d in zip(tickets, self.done, strict=False)))
+
+    def has_come(self, arrival: Waits, waited: Waits = NO_WAITS) -> bool:
+        """Whether the tickets of an arrival are complete, or are by the time that a step waiting
+        for ``waited`` runs."""
+        left = self._left(arrival)
+        return all(ticket <= there for ticket, there in zip(left, waited, strict=True))
 
     def has_left(self, host_page: int) -> bool:
         """Whether the host page holds what was moved out to it last."""
-        return self._host[True][host_page] <= self.done[True]
+        return self._host[True][host_page] <= self.done[self._lane(True, host_page)]
 
     def is_idle(self, host_page: int) -> bool:
         """Whether no move reads or writes the host page."""
-        return self.has_left(host_page) and self._host[False][host_page] <= self.done[False]
+        came = self._host[False][host_page] <= self.done[self._lane(False, host_page)]
+        return came and self.has_left(host_page)
 
     @property
     def in_flight(self) -> bool:
@@ -137,11 +172,12 @@ class MoveQueue:
     def take(self) -> tuple[list[Moves], Waits]:
         """The batches since the last call, to be executed in this order, and what the forward pass
         of the step waits for."""
-        self._close(False)
-        self._close(True)
+        for lane in range(len(self._next)):
+            self._close(lane)
         waits = [max((t[page] for page in self._computed), default=0) for t in self._gpu]
-        waits[True] = max([waits[True], *(self._host[True][page] for page in self._read)])
+        for page in self._read:
+            lane = self._lane(True, page)
+            waits[lane] = max(waits[lane], self._host[True][page])
         batches = self._batches
         self._batches, self._computed, self._read = [], [], []
-        moved_in, moved_out = (w if w > d else 0 for w, d in zip(waits, self.done, strict=True))
-        return batches, Waits(moved_in, moved_out)
+        return batches, self._left(waits)

@@ -50,9 +50,13 @@ class PageAllocator:
         num_pages: pages of the pool, page 0 included; at least 2.
         enable_prefix_caching: keep published pages for later sequences; otherwise ``publish`` does
             nothing and ``lookup`` finds nothing.
+        first_near: pages from this one on are nearer: of the free ones without content they are
+            handed out first.
     """
 
-    def __init__(self, num_pages: int, *, enable_prefix_caching: bool = False) -> None:
+    def __init__(
+        self, num_pages: int, *, enable_prefix_caching: bool = False, first_near: int | None = None
+    ) -> None:
         if num_pages < 2:
             raise ValueError(
                 f"num_pages is {num_pages}; at least 2 are needed, since page 0 is never handed "
@@ -68,7 +72,10 @@ class PageAllocator:
         """Called by allocate with (page, digest) of content that it gives up, while the page still
         holds it."""
         self._refcount = [0] * num_pages
-        self._blank = list(range(num_pages - 1, 0, -1))  # free without content; taken from the end
+        self.first_near = num_pages if first_near is None else first_near
+        # Free without content, far and near ones; taken from the end.
+        self._blank = list(range(self.first_near - 1, 0, -1))
+        self._near = list(range(num_pages - 1, self.first_near - 1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # free with content; oldest first
         self._digest_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
@@ -81,7 +88,7 @@ class PageAllocator:
     @property
     def num_free(self) -> int:
         """Pages that ``allocate`` could hand out now, cached ones included."""
-        return len(self._blank) + len(self._cached)
+        return len(self._blank) + len(self._near) + len(self._cached)
 
     @property
     def num_used(self) -> int:
@@ -91,12 +98,17 @@ class PageAllocator:
     @property
     def num_blank(self) -> int:
         """Free pages without content."""
-        return len(self._blank)
+        return len(self._blank) + len(self._near)
 
     @property
     def num_cached(self) -> int:
         """Pages that ``lookup`` could find, held ones included."""
         return len(self._digest_of)
+
+    @property
+    def num_near_used(self) -> int:
+        """Near pages with a reference count above 0; looks at all of them."""
+        return sum(count > 0 for count in self._refcount[self.first_near :])
 
     def refcount(self, page: int) -> int:
         """How many block tables hold ``page``, 0 if it is free; ValueError if it does not exist."""
@@ -120,7 +132,9 @@ class PageAllocator:
             )
         pages = []
         for _ in range(n):
-            if self._blank:
+            if self._near:
+                page = self._near.pop()
+            elif self._blank:
                 page = self._blank.pop()
             else:
                 page, _ = self._cached.popitem(last=False)
@@ -166,7 +180,7 @@ class PageAllocator:
             if page in self._digest_of:
                 self._cached[page] = None
             else:
-                self._blank.append(page)
+                (self._near if page >= self.first_near else self._blank).append(page)
 
     def publish(self, page: int, digest: bytes) -> bool:
         """Lets ``lookup`` find a held page by its content; the content must not change any more.
@@ -236,7 +250,7 @@ class PageAllocator:
             if not 0 < page < self.num_pages or self._refcount[page] != held[page]
         }
         assert not wrong, f"reference counts differ, page: (counted, held by tables): {wrong}"
-        free = Counter([*self._blank, *self._cached])
+        free = Counter([*self._blank, *self._near, *self._cached])
         twice = [page for page, count in free.items() if count > 1]
         assert not twice, f"pages on two free lists: {twice}"
         both = sorted(free.keys() & held.keys())
@@ -246,7 +260,10 @@ class PageAllocator:
         assert len(free) + len(held) == self.num_usable, "a free list holds an unknown page"
         published = {digest: page for page, digest in self._digest_of.items()}
         assert published == self._page_of, "the two maps of the prefix cache differ"
-        misplaced = [page for page in self._blank if page in self._digest_of] + [
-            page for page in self._cached if page not in self._digest_of
+        misplaced = [
+            *(page for page in (*self._blank, *self._near) if page in self._digest_of),
+            *(page for page in self._cached if page not in self._digest_of),
+            *(page for page in self._blank if page >= self.first_near),
+            *(page for page in self._near if page < self.first_near),
         ]
         assert not misplaced, f"pages on the wrong free list: {misplaced}"

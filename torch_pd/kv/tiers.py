@@ -1,4 +1,4 @@
-"""Tiers: the pages that the GPU pool has no room for, in the host pool and on disk.
+"""Tiers: the pages that the GPU pool has no room for, in the host pool, on peers and on disk.
 
 Integers only. A page's content goes down by its digest when the GPU pool gives it up (prefix
 cache), or with a sequence that gives way (swap). What lies on disk is `Archive`'s.
@@ -14,20 +14,31 @@ from torch_pd.kv.pages import PageAllocator
 class Tiers:
     """Moves page contents between the GPU pool, the host pool and the disk.
 
-    Entries of block tables are pages of the GPU pool, or ``HOST_BITS | page`` where a sequence left
-    a page on the host. The moves of a step are collected in ``queue`` and ``archive.jobs``; the
-    caller executes both and reports with ``queue.done`` and ``archive.ended``.
+    What lies in the host pool and what lies on peers is one pool here, ``host``, of which a peer's
+    pages come last and are taken first. Entries of block tables are pages of the GPU pool, or
+    ``HOST_BITS | page`` where a sequence left a page there. The moves of a step are collected in
+    ``queue`` and ``archive.jobs``; the caller executes both and reports with ``queue.done`` and
+    ``archive.ended``.
 
     Args:
         gpu: pages of the GPU pool. Its evictions are handled here from now on.
-        host_pages: pages of the host pool, page 0 included.
+        host_pages: pages of the host pool, page 0 (never handed out) included, and of peers.
         num_records: pages of the disk tier, 0 for none.
+        first_peer: of the host pages, the first one on a peer; None: none is. Not with a disk.
     """
 
-    def __init__(self, gpu: PageAllocator, host_pages: int, num_records: int = 0) -> None:
+    def __init__(
+        self,
+        gpu: PageAllocator,
+        host_pages: int,
+        num_records: int = 0,
+        first_peer: int | None = None,
+    ) -> None:
+        assert not (num_records and first_peer is not None), "disk jobs need pages of the host"
         self.gpu = gpu
-        self.host = PageAllocator(host_pages, enable_prefix_caching=gpu.enable_prefix_caching)
-        self.queue = MoveQueue(gpu.num_pages, host_pages)
+        caching = gpu.enable_prefix_caching
+        self.host = PageAllocator(host_pages, enable_prefix_caching=caching, first_near=first_peer)
+        self.queue = MoveQueue(gpu.num_pages, host_pages, first_peer)
         self.archive = Archive(self.host, self.queue, num_records)
         gpu.on_evict = self._demote
         self.num_dropped = 0
