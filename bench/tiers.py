@@ -1,11 +1,13 @@
 """The engine over KV tiers: swap, shared prefixes, a sequence larger than the GPU pool.
 
-    python bench/tiers.py [--only swap,swap1k,prefix,long] [--small] [--layers N] [--folder /tmp]
-                          [--questions N] [--prefix none,gpu,host,disk] [--json FILE]
+    python bench/tiers.py [--only swap,swap1k,prefix,long,peer] [--small] [--layers N]
+                          [--folder /tmp] [--questions N] [--prefix none,gpu,host,disk]
+                          [--json FILE]
 
 Qwen3-8B shape (--layers cuts it), random weights, bfloat16, random tokens, greedy. --small takes
 the shape of SmolLM2-135M in float32 and much less work, for a CPU, whose main pool plays the
-GPU's part. Every line is an engine of its own, one after the other in one process.
+GPU's part. Every line is an engine of its own, one after the other in one process; those of "peer"
+take two GPUs, of which one lends its memory to the other.
 """
 
 import argparse
@@ -114,6 +116,8 @@ class Bench:
             "prefix_pages_hit_host",
             "moved_in_bytes",
             "moved_out_bytes",
+            "peer_in_bytes",
+            "peer_out_bytes",
             "disk_read_bytes",
             "disk_written_bytes",
             "disk_errors",
@@ -216,6 +220,25 @@ def bench_long(bench: Bench) -> None:
     print(f"  the first {same} of 16 tokens are equal")
 
 
+def bench_peer(bench: Bench) -> None:
+    """The sequence of `bench_long` over a second GPU's memory."""
+    total = 131072 // bench.divide**2
+    prompt = bench.tokens(random.Random(2), total - 64)
+    params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
+    base = {"max_model_len": total, "enable_prefix_caching": False}
+    whole_gib, part_gib = bench.gib_of(total), bench.gib_of(total // 4)
+    peer = {"data_parallel_size": 2, "data_ranks": [0], "peer_kv_gib": whole_gib}
+    print(f"peer: one sequence of {total} tokens, {bench.shape['num_hidden_layers']} layers")
+    whole, _ = bench.run("whole pool", [prompt], params, kv_cache_gib=whole_gib, **base)
+    part, _ = bench.run("a quarter, peer", [prompt], params, kv_cache_gib=part_gib, **peer, **base)
+    same = next((i for i, (a, b) in enumerate(zip(whole[0], part[0], strict=True)) if a != b), 16)
+    bench.results["peer_equal_tokens"] = same
+    print(f"  the first {same} of 16 tokens are equal")
+    bench.run(
+        "a quarter, host", [prompt], params, kv_cache_gib=part_gib, host_kv_gib=whole_gib, **base
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="swap,swap1k,prefix,long")
@@ -240,6 +263,8 @@ def main() -> None:
             bench_prefix(bench, args.folder, args.questions, args.prefix.split(","))
         elif part == "long":
             bench_long(bench)
+        elif part == "peer":
+            bench_peer(bench)
         else:
             raise SystemExit(f"no part {part!r}")
     if args.json:
