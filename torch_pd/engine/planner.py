@@ -11,10 +11,10 @@ from typing import Any
 
 from torch_pd.config import EngineConfig
 from torch_pd.costs import Costs, Machine, ModelShape, Step
-from torch_pd.engine.footprint import dims_of, footprint
+from torch_pd.engine.footprint import CONTEXT_BYTES, dims_of, footprint
 from torch_pd.engine.rehearsal import Run, Work, rehearse
 from torch_pd.engine.shape import kv_shape_of, read_shape
-from torch_pd.sizing import GIB, most_pages, pages_of_budget
+from torch_pd.sizing import GIB, lent_bytes, most_pages, pages_of_budget
 
 MODES = ("replicate", "ship", "stream", "auto")
 _CLOSE = 1.02
@@ -56,7 +56,9 @@ class Plan:
     """One of MODES."""
     reason: str
     tiers: dict[str, int] = field(default_factory=dict)
-    """KV tokens of a rank by tier, beside those of the GPU: host, disk."""
+    """KV tokens of a rank by tier, beside those of the GPU: host, peer, disk."""
+    lenders: int = 0
+    """GPUs that hold no weights and run nothing: their memory is lent to the others."""
 
     @property
     def weights(self) -> str:
@@ -79,7 +81,8 @@ class Plan:
 
         work = self.work
         lines = [
-            f"{self.model} on {self.gpus} x {self.machine}, {self.budget / GIB:.1f} GiB of each; "
+            f"{self.model} on {self.gpus} x {self.machine}, {self.budget / GIB:.1f} GiB of each"
+            f"{f' ({self.lenders} only lend memory)' if self.lenders else ''}; "
             f"{work.num_prompts} prompts of {work.input} tokens, {work.output} out",
             "",
             row("", [p.mode for p in plans]),
@@ -89,7 +92,7 @@ class Plan:
         lines += [
             row("lacking GiB", [f"{p.missing / GIB:.2f}" if p.missing else "" for p in plans]),
             row("KV tokens, a rank", [f"{p.kv_tokens:,}" for p in plans]),
-            row("KV tokens, all", [f"{p.kv_tokens * self.gpus:,}" for p in plans]),
+            row("KV tokens, all", [f"{p.kv_tokens * (self.gpus - self.lenders):,}" for p in plans]),
             row("prefill step ms", fitting(lambda p: f"{p.prefill_ms:.1f}")),
             row("decode step rows", fitting(lambda p: f"{p.decode_rows}")),
             row("decode step ms", fitting(lambda p: f"{p.decode_ms:.1f}")),
@@ -180,9 +183,14 @@ def plan_settings(
         name, shape = Path(model).name, read_shape(Path(model), settings.dtype)
     work = Work(num_prompts, input, output)
     budget = int(gpu_memory * GIB * settings.gpu_memory_share)
-    shares = gpus // settings.weight_replicas > 1 and dims_of(shape) is not None
+    lenders = _check_lenders(settings, gpus, budget)
+    serving = gpus - lenders
+    alone = gpus // settings.weight_replicas == 1 or lenders
+    shares = not alone and dims_of(shape) is not None
     modes = MODES if shares else MODES[:1]
-    plans = {mode: _plan_mode(mode, shape, machine, settings, gpus, budget, work) for mode in modes}
+    plans = {
+        mode: _plan_mode(mode, shape, machine, settings, serving, budget, work) for mode in modes
+    }
     fitting = {mode: p for mode, p in plans.items() if p.run is not None}
     if not fitting:
         best = min(plans.values(), key=lambda p: p.missing)
@@ -194,12 +202,45 @@ def plan_settings(
             "max_num_batched_tokens or max_num_seqs, or a higher gpu_memory_utilization"
         )
     choice, reason = _choose(plans, fitting)
+    if lenders:
+        reason = f"the weights are on {serving} GPUs; {lenders} lend their memory"
     tiers = {
-        tier: int(gib * GIB) // shape.kv_token_bytes
-        for tier, gib in (("host", settings.host_kv_gib), ("disk", settings.disk_kv_gib))
-        if gib
+        tier: int(nbytes) // shape.kv_token_bytes
+        for tier, nbytes in (
+            ("host", settings.host_kv_gib * GIB),
+            ("peer", _borrowed_bytes(settings, gpus)),
+            ("disk", settings.disk_kv_gib * GIB),
+        )
+        if nbytes
     }
-    return Plan(name, gpus, budget, work, machine.name, plans, choice, reason, tiers)
+    return Plan(name, gpus, budget, work, machine.name, plans, choice, reason, tiers, lenders)
+
+
+def _borrowed_bytes(settings: EngineConfig, gpus: int) -> int:
+    """Of the memory of all lenders, what each rank that runs requests has."""
+    if settings.data_ranks is None or not settings.peer_kv_gib:
+        return 0
+    borrowers = len(settings.data_ranks)
+    return (gpus - borrowers) * lent_bytes(settings.peer_kv_gib, borrowers)
+
+
+def _check_lenders(settings: EngineConfig, gpus: int, budget: int) -> int:
+    """GPUs that only lend memory; those of ``param_ranks`` lend beside their weights.
+
+    Raises:
+        ValueError: there is no lender, or it lacks the memory.
+    """
+    if not settings.peer_kv_gib:
+        return 0
+    settings.check_ranks(gpus)
+    assert settings.data_ranks is not None
+    if settings.peer_kv_gib * GIB > budget - CONTEXT_BYTES:
+        raise ValueError(
+            f"peer_kv_gib={settings.peer_kv_gib:g}: a lender has a budget of {budget / GIB:.2f} - "
+            f"context {CONTEXT_BYTES / GIB:.2f} = {(budget - CONTEXT_BYTES) / GIB:.2f} GiB: lower "
+            "peer_kv_gib"
+        )
+    return 0 if settings.param_ranks else gpus - len(settings.data_ranks)
 
 
 def _choose(plans: dict[str, ModePlan], fitting: dict[str, ModePlan]) -> tuple[str, str]:
