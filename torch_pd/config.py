@@ -111,6 +111,8 @@ _AVAILABLE: Mapping[str, tuple] = {
 """Fields of which only these values are built so far; a row goes when its feature comes."""
 
 
+MOST_LENDERS = 6
+"""Places of block tables (docs/layouts.md) beside the GPU's own and the host's."""
 _POOLED_ONLY = {
     "weight_layout",
     "weight_replicas",
@@ -266,6 +268,7 @@ class EngineConfig:
                     f"peer_kv_gib={self.peer_kv_gib}: data_ranks={list(self.data_ranks)} are all "
                     f"of the {ranks} ranks, so none is left to lend memory; leave one out"
                 )
+            self._check_places(ranks - len(self.data_ranks))
             return  # the ranks outside data_ranks lend memory and do nothing else
         idle = sorted(set(range(ranks)) - {*self.param_ranks, *self.data_ranks})
         if idle:
@@ -273,6 +276,16 @@ class EngineConfig:
                 f"rank {', '.join(map(str, idle))} would hold neither weights nor KV pages: add it "
                 f"to param_ranks={list(self.param_ranks)} or data_ranks={list(self.data_ranks)}, "
                 "or start fewer ranks"
+            )
+        if self.peer_kv_gib:
+            self._check_places(ranks - len(self.data_ranks))
+
+    @staticmethod
+    def _check_places(lenders: int) -> None:
+        if lenders > MOST_LENDERS:
+            raise ValueError(
+                f"{lenders} ranks lend, and block tables can name {MOST_LENDERS}: name more "
+                "data_ranks, or start fewer ranks"
             )
 
     @property
