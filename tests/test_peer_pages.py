@@ -21,7 +21,12 @@ from torch_pd.kv.moves import Waits
 from torch_pd.nn.patch import kv_shape, patch_model
 from torch_pd.sizing import GIB, lent_pages
 
-SIZES = {"max_model_len": 160, "max_num_batched_tokens": 96, "max_num_seqs": 8}
+SIZES = {
+    "device": "cpu",
+    "max_model_len": 160,
+    "max_num_batched_tokens": 96,
+    "max_num_seqs": 8,
+}
 PAIR = {"data_parallel_size": 2, "data_ranks": [0]}
 
 
@@ -85,7 +90,9 @@ def swapping(folder, gib: float, case, caching: bool, host: int) -> None:
     assert (stats["moved_in_bytes"] > stats["peer_in_bytes"]) == bool(host)
 
 
-def large(folder, gib: float, case, ranks: int, data: int, host: int, dtype: str) -> None:
+def large(
+    folder, gib: float, case, ranks: int, data: int, host: int, dtype: str, device: str = "cpu"
+) -> None:
     """Older pages lie on one lender or two, and on the host: decoding reads all in place."""
     lent = (12 if not host else 4) // (ranks - 1)
     stats = check(
@@ -96,6 +103,7 @@ def large(folder, gib: float, case, ranks: int, data: int, host: int, dtype: str
         peer_kv_gib=(lent + 0.5) * gib,
         host_kv_gib=host and (host + 4.5) * gib,
         kv_cache_dtype=dtype,
+        device=device,
     )
     assert stats["kv_tokens"] == 64
     assert stats["peer_kv_pages"] == lent * (ranks - 1)

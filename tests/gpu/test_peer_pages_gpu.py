@@ -1,7 +1,6 @@
 """KV pages in the memory of a second GPU: moves, and whole engines, against one large pool."""
 
 import os
-import random
 
 import models
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 import torch_pd._runtime as _runtime
 from ranks import run_ranks
 from test_llm_tiers import PAGE_GIB, tokens_of, work
-from test_peer_pages import LONG, PAIR, SIZES, folder, gib  # noqa: F401
+from test_peer_pages import LONG, SIZES, check, folder, large, long_prompts  # noqa: F401
 
 from torch_pd import LLM
 from torch_pd.engine.memory import driver_bytes
@@ -23,7 +22,7 @@ pytestmark = [
     pytest.mark.multi_gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs"),
 ]
-GPU = {"device": "cuda", **SIZES}
+GPU = SIZES | {"device": "cuda"}
 
 
 @pytest.mark.parametrize("page_bytes", [48, 96 << 10, 1 << 20])
@@ -83,26 +82,6 @@ def unlimited(folder, prompts, params, **config):  # noqa: F811
         return tokens_of(llm.generate(prompts, params, use_tqdm=False))
 
 
-@pytest.mark.parametrize("host", [0, 4])
-@pytest.mark.parametrize("dtype", ["auto", "fp8"])
-def test_a_sequence_larger_than_the_gpu_pool(folder, host, dtype):  # noqa: F811
-    rng = random.Random(5)
-    prompts = [[rng.randrange(3, models.VOCAB) for _ in range(length)] for length in (140, 20, 97)]
-    expected = unlimited(folder, prompts, LONG, kv_cache_dtype=dtype)
-    gib = kv_shape(patch_model(models.build("llama")), 16, dtype).page_bytes * PAGE_GIB  # noqa: F811
-    config = {
-        "kv_cache_gib": 5.5 * gib,
-        "peer_kv_gib": (4.5 if host else 12.5) * gib,
-        "host_kv_gib": host and (host + 4.5) * gib,
-        "kv_cache_dtype": dtype,
-    }
-    with LLM(folder, **PAIR, **config, **GPU) as llm:
-        assert tokens_of(llm.generate(prompts, LONG, use_tqdm=False)) == expected
-        stats = llm.stats()["ranks"][0]
-    assert stats["kv_tokens"] == 64
-    assert stats["peer_out_bytes"] > 0
-
-
 def swapping(rank: int, folder, gib: float, prompts, params, expected) -> None:  # noqa: F811
     """Under a process group of the caller, as with torchrun; swapped all the time."""
     from torch_pd.engine import engine
@@ -131,17 +110,40 @@ def swapping(rank: int, folder, gib: float, prompts, params, expected) -> None: 
         LLM(folder, data_ranks=[0], **config | {"peer_kv_gib": 900}, **GPU)
 
 
-def test_tiny_pools_give_the_same_tokens(folder, gib):  # noqa: F811
-    prompts, params = work(200, seed=1)
-    expected = unlimited(folder, prompts, params)
-    run_ranks(2, swapping, folder, gib, prompts, params, expected, device="cuda")
+def engines(rank: int, folder, gibs: dict[str, float], cases: dict[str, tuple]) -> None:  # noqa: F811
+    """All in the same two processes, which take seconds to start."""
+    for dtype in ("auto", "fp8"):
+        for host in (0, 4):
+            large(folder, gibs[dtype], cases[dtype], 2, rank_of(dtype), host, dtype, "cuda")
+    stats = check(
+        folder,
+        cases["few"],
+        device="cuda",
+        weights="pooled",
+        remote_mode="stream",
+        param_ranks=[1],
+        data_ranks=[0],
+        kv_cache_gib=30.5 * gibs["auto"],
+        peer_kv_gib=60.5 * gibs["auto"],
+    )
+    assert stats["peer_kv_pages"] == 60
+    swapping(rank, folder, gibs["auto"], *cases["swap"])
 
 
-def test_ranks_that_hold_weights_lend_memory(folder, gib):  # noqa: F811
-    prompts, params = work(40, seed=2)
-    expected = unlimited(folder, prompts, params)
-    apart = {"weights": "pooled", "remote_mode": "stream", "param_ranks": [1], "data_ranks": [0]}
-    config = {"kv_cache_gib": 30.5 * gib, "peer_kv_gib": 60.5 * gib, **apart}
-    with LLM(folder, data_parallel_size=2, **config, **GPU) as llm:
-        assert tokens_of(llm.generate(prompts, params, use_tqdm=False)) == expected
-        assert llm.stats()["ranks"][0]["peer_kv_pages"] == 60
+def rank_of(dtype: str) -> int:
+    """The one that borrows."""
+    return 1 if dtype == "fp8" else 0
+
+
+def test_tokens_are_those_of_an_unlimited_pool(folder):  # noqa: F811
+    cases = {
+        name: (*work(count, seed), unlimited(folder, *work(count, seed)))
+        for name, count, seed in (("swap", 200, 1), ("few", 40, 2))
+    }
+    gibs = {}
+    for dtype in ("auto", "fp8"):
+        expected = unlimited(folder, long_prompts(), LONG, kv_cache_dtype=dtype)
+        cases[dtype] = long_prompts(), LONG, expected
+        shape = kv_shape(patch_model(models.build("llama")), 16, dtype)
+        gibs[dtype] = shape.page_bytes * PAGE_GIB
+    run_ranks(2, engines, folder, gibs, cases, device="cuda")
