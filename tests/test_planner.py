@@ -177,6 +177,12 @@ def test_command_errors(folder, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
+def test_roles_apart_are_not_planned():
+    apart = {"weights": "pooled", "param_ranks": [0], "data_ranks": [1]}
+    with pytest.raises(ValueError, match="plan without param_ranks and data_ranks"):
+        plan(QWEN3_8B, gpus=2, **apart)
+
+
 def test_no_model(tmp_path):
     with pytest.raises(ValueError, match="has no config"):
         plan(tmp_path, gpus=4)

@@ -177,6 +177,11 @@ def plan_settings(
             f"weight_replicas={settings.weight_replicas} does not divide {gpus} GPUs into pools of "
             "equal size"
         )
+    if settings.param_ranks is not None or settings.data_ranks is not None:
+        raise ValueError(
+            "the planner knows groups in which every rank holds weights and pages: plan without "
+            "param_ranks and data_ranks"
+        )
     if isinstance(model, ModelShape):
         name, shape = "model", model
     else:

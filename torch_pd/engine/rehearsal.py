@@ -148,6 +148,7 @@ def rehearse(
         for rank in every:
             rank.take(queue, work.output, every)
             scheduler = rank.scheduler
+            scheduler.admission.num_elsewhere = len(queue)
             if together:
                 scheduler.admits = rank.gate.opens(scheduler.num_running)
             plans.append(scheduler.schedule())
