@@ -157,15 +157,14 @@ class Trial:
         device, max_pages = pool.device, self.max_pages
         rows = min(rows, tokens)
         longest = min(tokens - rows + 1, max_pages * pool.block_size)
-        counts = torch.ones(rows, dtype=torch.int64)
-        counts[0] = longest
+        lengths = [longest]
         # What one sequence may not hold goes to the next ones.
-        rest = tokens - int(counts.sum())
+        rest = tokens - longest
         for i in range(1, rows):
-            more = min(rest, max_pages * pool.block_size - 1)
-            counts[i] += more
-            rest -= more
-        num = int(counts.sum())
+            lengths.append(1 + max(0, min(rest - (rows - i), max_pages * pool.block_size - 1)))
+            rest -= lengths[-1]
+        counts = torch.tensor(lengths)
+        num = sum(lengths)
         starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
         batch = Batch(
             num_tokens=num,
