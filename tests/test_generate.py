@@ -163,6 +163,18 @@ def test_plain_calls(name):
     assert close(torch.cat(parts, 1), full.logits)
 
 
+def test_positions_of_several_axes():
+    """As models that see images have them: equal for text, and only text runs."""
+    model = patch_model(models.build("llama"))
+    ids = torch.arange(3, 11)[None]
+    axes = torch.arange(8).expand(4, 1, 8)
+    assert torch.equal(model(ids, position_ids=axes).logits, model(ids).logits)
+    axes = axes.clone()
+    axes[1, 0, 5] = 2
+    with pytest.raises(ValueError, match="differ between their axes"):
+        model(ids, position_ids=axes)
+
+
 def test_errors():
     model = patch_model(models.build("llama"))
     ids = torch.full((2, 4), 5)

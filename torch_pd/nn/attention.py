@@ -18,7 +18,13 @@ NAME = "torch_pd"
 
 _MAX_WINDOW = 1 << 20
 # Arguments that layers hand on and that change nothing here: positions are in q and k already.
-_HARMLESS = {"position_ids", "cache_position", "use_cache", "output_hidden_states"}
+_HARMLESS = {
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_hidden_states",
+    "logits_to_keep",
+}
 
 
 @dataclass

@@ -231,6 +231,14 @@ def _columns(mask: Any, cache: PagedCache, num_rows: int, length: int) -> Tensor
 
 
 def _check_positions(positions: Tensor, num_rows: int, length: int) -> Tensor:
+    if positions.dim() == 3:
+        # Of models that see images: time, height and width, which are the same for text.
+        if not torch.equal(positions, positions[:1].expand_as(positions)):
+            raise ValueError(
+                f"position_ids {list(positions.shape)} differ between their axes, as for images: "
+                "only text works on a model patched by torch_pd"
+            )
+        positions = positions[0]
     if positions.dim() != 2 or positions.shape not in ((num_rows, length), (1, length)):
         raise ValueError(
             f"position_ids is {list(positions.shape)}, expected {[num_rows, length]} or "

@@ -438,7 +438,9 @@ def _check_layers(model: PreTrainedModel, config: PretrainedConfig, probe: Probe
             f"only {len(calls)} of its {expected} layers call attention "
             f"({', '.join(layer.attention_name for layer in probe.layers[:3])}, ...)",
         )
-    for layer, cached in zip(probe.layers, DynamicCache(config=model.config).layers, strict=False):
+    with _explained(model, "transformers makes no cache for it"):
+        cache = DynamicCache(config=model.config)
+    for layer, cached in zip(probe.layers, cache.layers, strict=False):
         window = getattr(cached, "sliding_window", None) or 0
         if window != layer.call.window:
             raise refuse(
