@@ -22,6 +22,7 @@ from torch_pd.engine.lender import lend_or_borrow
 from torch_pd.engine.limits import Limits
 from torch_pd.engine.lockstep import Lockstep
 from torch_pd.engine.memory import foresee
+from torch_pd.engine.prompt_rows import PromptRows, find_rows
 from torch_pd.engine.report import Report, memory_line, memory_table
 from torch_pd.engine.runner import NONE, Runner
 from torch_pd.engine.sampler import Sampler
@@ -65,9 +66,6 @@ logger = logging.getLogger(__name__)
 
 ENOUGH = 32
 """Outputs that must have ended before their mean length tells anything."""
-
-PromptRows = tuple[InFlight, int, int, int]
-"""A request, its first row among a plan's tokens, the position of that one, and how many rows."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -430,10 +428,8 @@ class Engine:
         self.report.counts["preemptions"] += len(plan.preempted)
         grown: dict[str, InFlight] = {}
         launched = common = None
-        wanted = self._wanted_prompt_logprobs(plan)
-        extra = np.concatenate(
-            [NONE, *(np.arange(first, first + count) for _, first, _, count in wanted)]
-        )
+        wanted = find_rows(plan, self._requests) if self._num_prompt_logprobs else []
+        extra = np.concatenate([NONE, *(rows.places for rows in wanted)])
         if self.lockstep is not None:
             common = self.lockstep.agree(
                 plan.num_tokens,
@@ -475,9 +471,13 @@ class Engine:
         sampled = list(compress(plan.seqs, plan.samples.tolist()))
         logprobs: list[dict[int, Logprob] | None] = [None] * len(sampled)
         if step.ticket.logits is not None:
-            self._note_prompt_logprobs(step)
-            rows = [seq.data.row for seq in sampled]
-            logprobs = self.runner.choose(step.ticket, rows).logprobs
+            at = plan.num_samples
+            for rows in step.prompt_rows:
+                found = rows.logprobs(self.sampler, step.ticket.logits[at : at + rows.count])
+                rows.known.extend(self._named(entry) for entry in found)
+                at += rows.count
+            choosing = [seq.data.row for seq in sampled]
+            logprobs = self.runner.choose(step.ticket, choosing).logprobs
         tokens, error = self.runner.wait(step.ticket)
         if -1 in tokens:
             raise RuntimeError(bad_logits(sampled[tokens.index(-1)].data.row))
@@ -508,38 +508,6 @@ class Engine:
         for request_id in list(self._requests):
             self.abort(request_id)
 
-    def _wanted_prompt_logprobs(self, plan: Plan) -> list[PromptRows]:
-        """The rows of the plan's tokens whose log-probabilities are to be reported."""
-        wanted: list[PromptRows] = []
-        if not self._num_prompt_logprobs:
-            return wanted
-        ends = np.cumsum(plan.counts)
-        for i, seq in enumerate(plan.seqs):
-            running = self._requests[seq.request_id]
-            start, count = int(plan.starts[i]), int(plan.counts[i])
-            count = min(count, seq.num_prompt - 1 - start)
-            known = running.prompt_logprobs
-            # A sequence that was preempted computes positions again that were reported already.
-            if known is not None and seq.data.index == 0 and start + count >= len(known) > start:
-                skip = len(known) - 1 - start
-                first = int(ends[i] - plan.counts[i]) + skip
-                wanted.append((running, first, start + skip, count - skip))
-        return wanted
-
-    def _note_prompt_logprobs(self, step: UnderWay) -> None:
-        logits, at = step.ticket.logits, step.plan.num_samples
-        assert logits is not None
-        for running, _, position, count in step.prompt_rows:
-            request = running.request
-            entries = self.sampler.prompt_logprobs(
-                logits[at : at + count],
-                request.prompt_token_ids[position + 1 : position + 1 + count],
-                request.params.prompt_logprobs or 0,
-            )
-            assert running.prompt_logprobs is not None
-            running.prompt_logprobs += [self._named(entry) for entry in entries]
-            at += count
-
     def _advance(
         self, running: InFlight, sequence: Sequence, token: int, entry: dict[int, Logprob] | None
     ) -> None:
@@ -552,24 +520,11 @@ class Engine:
         if output.row.position == 0 and output.index == 0 and params.n > 1:
             for child in self.scheduler.fork(sequence, params.n - 1):
                 self._new_output(running, child)
-        output.row.append(token)
         if entry is not None:
             output.logprobs.append(self._named(entry))
             output.total += entry[token].logprob
-        enough = output.row.position >= params.min_tokens
-        if enough and token in params.stop_ids:
-            output.reason, output.stop_reason = "stop", token
-        elif enough and not params.ignore_eos and token in self.eos_token_ids:
-            output.reason = "stop"
-        elif output.detokenizer is not None:
-            stop = output.detokenizer.append([token], check_stop=enough)
-            if stop is not None:
-                output.reason, output.stop_reason = "stop", stop
-        if output.reason is None and sequence.at_length_limit:
-            output.reason = "length"
+        output.append(token, params, self.eos_token_ids, full=sequence.at_length_limit)
         if output.reason is not None:
-            if output.detokenizer is not None:
-                output.detokenizer.finish()
             self.scheduler.finish(sequence)
             running.unfinished -= 1
             self._ended = self._ended[0] + 1, self._ended[1] + output.row.position

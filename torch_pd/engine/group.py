@@ -5,12 +5,14 @@ this process's place among the ranks that torchrun started. All take requests in
 from one queue, so a rank that is done takes more.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
 import queue
 import secrets
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -41,6 +43,8 @@ _ABORT_S = 10.0
 """How long ranks may take to drop a call: some steps."""
 _GRACE_S = 5.0
 """How long a rank of torchrun may handle the loss of another before it is ended."""
+_SETTLE_S = 0.3
+"""Time in which the cause of a broken connection shows on the board."""
 
 
 class Runs(Protocol):
@@ -243,7 +247,7 @@ class Joined:
         self._own: Engine | Lender | None = None
         # Out of a collective that a dead rank will never join, no exception leads.
         world.board.guard(_GRACE_S)
-        try:
+        with self._failing():
             same = {"model": str(model) if isinstance(model, (str, Path)) else type(model).__name__}
             _compare(world.all_gather(same | dataclasses.asdict(config)))
             if device == "cpu":
@@ -251,9 +255,6 @@ class Joined:
             self._own = make_engine(model, tokenizer, config, device, world)
             self._links = _link_up(world)
             self._inbox = _Inbox(self._links) if world.rank == 0 else None
-        except BaseException as error:
-            self._fail(error)
-            raise
 
     @property
     def first_rank(self) -> bool:
@@ -276,18 +277,14 @@ class Joined:
     def run(self, requests: list[Request], stream: bool) -> Iterator[RequestOutput]:
         call = self._numbers.begin(requests, stream)
         try:
-            other = self._world.board.open(call.number, len(requests), call.digest())
-            if other is not None:
-                raise ValueError(
-                    f"ranks {self._world.rank} and {other} were given different prompts or "
-                    "parameters; under torchrun all ranks call with the same ones"
-                )
-            yield from self._lead(call) if self._world.rank == 0 else self._follow(call)
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            self._fail(error)
-            raise
+            with self._failing():
+                other = self._world.board.open(call.number, len(requests), call.digest())
+                if other is not None:
+                    raise ValueError(
+                        f"ranks {self._world.rank} and {other} were given different prompts or "
+                        "parameters; under torchrun all ranks call with the same ones"
+                    )
+                yield from self._lead(call) if self._world.rank == 0 else self._follow(call)
         finally:
             self._numbers.end()
 
@@ -381,15 +378,40 @@ class Joined:
         self._world.board.check()  # its own words, if it left any, say more
         raise PeerLost(rank, self._world.board.pid(rank))
 
-    def _fail(self, error: BaseException) -> None:
-        """Tells the others; the guard ends them if they hang."""
-        torch.set_num_threads(self._threads)
-        self._world.board.fail(f"{type(error).__name__}: {error}")
-        self._own = None
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Tells the others of an error; the guard ends them if they hang."""
+        try:
+            yield
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            cause = self._cause(error)
+            torch.set_num_threads(self._threads)
+            self._world.board.fail(f"{type(cause).__name__}: {cause}")
+            self._own = None
+            if cause is error:
+                raise
+            raise cause from error
+
+    def _cause(self, error: BaseException) -> BaseException:
+        """A rank that is gone, or failed, if a collective with it may have broken off: the error of
+        the collective names a connection at most."""
+        end = time.monotonic() + _SETTLE_S
+        while isinstance(error, RuntimeError) and not isinstance(error, GroupError):
+            try:
+                self._world.board.check()
+            except GroupError as cause:
+                return cause
+            if time.monotonic() > end:
+                break
+            time.sleep(0.02)
+        return error
 
     def stats(self) -> dict[str, Any]:
         self._numbers.check()
-        return _sum_stats(self._world.all_gather(self._engine.stats()))
+        with self._failing():
+            return _sum_stats(self._world.all_gather(self._engine.stats()))
 
     def shutdown(self) -> None:
         torch.set_num_threads(self._threads)

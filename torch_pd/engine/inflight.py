@@ -39,6 +39,29 @@ class Output:
         self.reason: str | None = None
         self.stop_reason: int | str | None = None
 
+    def append(
+        self, token: int, params: SamplingParams, eos_token_ids: tuple[int, ...], *, full: bool
+    ) -> None:
+        """Records a token; sets ``reason`` if the output ends with it.
+
+        Args:
+            full: the sequence is at its length limit.
+        """
+        self.row.append(token)
+        enough = self.row.position >= params.min_tokens
+        if enough and token in params.stop_ids:
+            self.reason, self.stop_reason = "stop", token
+        elif enough and not params.ignore_eos and token in eos_token_ids:
+            self.reason = "stop"
+        elif self.detokenizer is not None:
+            stop = self.detokenizer.append([token], check_stop=enough)
+            if stop is not None:
+                self.reason, self.stop_reason = "stop", stop
+        if self.reason is None and full:
+            self.reason = "length"
+        if self.reason is not None and self.detokenizer is not None:
+            self.detokenizer.finish()
+
 
 class InFlight:
     """A request under way."""
