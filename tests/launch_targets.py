@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import dataclass
 
 from torch_pd.board import PeerLost
 from torch_pd.launch import Phase, Ranks
@@ -16,13 +17,18 @@ def echo(link, rank):
         link.send((rank, message))
 
 
-def act(link, rank, deeds):
-    """One deed of each rank, on its way up, when all are told to."""
+def act(link, rank, deeds, first, mark):
+    """One deed of each rank, on its way up, when all are told to; the others follow the first,
+    which makes the file ``mark``, at once."""
     link.send("here")
     while not link.poll():
         pass  # busy, so that it does not look as if it hung
     link.recv()
+    if rank == first:
+        open(mark, "x").close()
     deed = deeds.get(rank, "wait")
+    while deed != "wait" and not os.path.exists(mark):
+        pass
     if deed in ("wait", "stop"):
         link.send(Phase(Ranks.WAITING))
     if deed == "hang":
@@ -37,6 +43,7 @@ def act(link, rank, deeds):
         time.sleep(0.02)
         raise PeerLost(1, 4711)
     if deed == "abort":
+        time.sleep(0.02)
         os.abort()
     if deed == "exit":
         os._exit(3)
@@ -52,3 +59,50 @@ def deaf(link, rank):
     link.send(os.getpid())
     while True:
         time.sleep(60)
+
+
+@dataclass(frozen=True)
+class Few:
+    """As `Limits`, without its imports."""
+
+    kv_tokens: int = 1
+
+
+def absent_minded(link, rank):
+    """Stands in for a worker without a model; rank 1 never leaves a call."""
+    if rank == 0:
+        link.send(0)  # the port
+    link.send(Phase(Ranks.READY))
+    link.send((Few(), "no memory"))
+    while (message := link.recv()) != "stop":
+        if message == "abort" and rank == 0:
+            link.send("aborted")
+
+
+def faulty(link, setup, fault):
+    """A worker of which rank 1 fails while the others wait for it in a collective."""
+    from torch_pd.engine import engine, runner, worker
+
+    def fail(*_):
+        raise RuntimeError(f"out of order at {time.monotonic()}")
+
+    class Graphs:
+        """As if on GPUs: rank 1 cannot capture its graphs."""
+
+        def __init__(self, sizes, prepare):
+            (fail if setup.rank == 1 else prepare(sizes[0]))()
+
+    class Captures(runner.Runner):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.capture()
+
+    class Breaks(runner.Runner):
+        def __init__(self, model, *args):
+            super().__init__(model, *args)
+            if setup.rank == 1:
+                model.model.layers[1].register_forward_pre_hook(fail)
+
+    runner.DecodeGraphs = Graphs
+    engine.Runner = {"graphs": Captures, "step": Breaks}[fault]
+    worker.main(link, setup)

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 from test_launch import gone
 
-from torch_pd import LLM, SamplingParams
+from torch_pd import LLM, SamplingParams, launch
 from torch_pd.board import GroupError
+from torch_pd.config import EngineConfig
+from torch_pd.engine import group
 from torch_pd.engine.group import _compare, _Inbox
 from torch_pd.engine.work import LOOK_AHEAD
+from torch_pd.launch import Ranks
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 DRAWN = SamplingParams(n=2, temperature=1.0, max_tokens=9, ignore_eos=True)
@@ -127,18 +130,18 @@ def test_ctrl_c_drops_the_call_only(pair, expected):
     timer.join()
 
 
-def kill_at_first_output(llm):
+def kill_at_first_output(llm, killed):
     for output in llm.stream(PROMPTS * 20, GREEDY):
-        if output.finished:
+        if output.finished and not killed:
+            killed.append(time.monotonic())
             os.kill(llm.pids[1], signal.SIGKILL)
 
 
 def test_sigkill_while_generating(pair):
-    pids = pair.pids
-    start = time.monotonic()
+    pids, killed = pair.pids, []
     with pytest.raises(GroupError, match=r"rank 1 \(process \d+\) was killed by SIGKILL"):
-        kill_at_first_output(pair)
-    assert time.monotonic() - start < 10
+        kill_at_first_output(pair, killed)
+    assert time.monotonic() - killed[0] < 10
     assert gone(pids, within=0)
     for again in (lambda: pair.generate([5]), pair.stats, lambda: pair.pids):
         with pytest.raises(RuntimeError, match=r"has ended, make a new one: rank 1 .* SIGKILL"):
@@ -155,6 +158,56 @@ def test_four_ranks_with_shared_weights_and_a_death_while_shutting_down(tiny, ex
     llm.shutdown()
     timer.join()
     assert gone(pids, within=0)
+
+
+def test_ctrl_c_while_a_rank_is_stopped(monkeypatch, caplog):
+    monkeypatch.setattr(group, "_ABORT_S", 0.3)
+    monkeypatch.setattr(launch, "STOPPED_S", 0.1)
+    monkeypatch.setattr(
+        group,
+        "Ranks",
+        lambda target, args: Ranks("launch_targets:absent_minded", [(rank,) for rank in range(2)]),
+    )
+    ranks = group.Spawned(Path("none"), None, EngineConfig(data_parallel_size=2), "cpu")
+    pids = ranks.pids
+    os.kill(pids[1], signal.SIGSTOP)
+
+    def interrupt():
+        while not caplog.records:  # the warning
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    stopped = rf"rank 1 \(process {pids[1]}\), stopped by a signal,"
+    with pytest.raises(
+        GroupError, match=f"{stopped} did not leave the call within 0 s of Keyboard"
+    ):
+        next(ranks.run([], False))
+    thread.join()
+    assert gone(pids, within=0)
+    (record,) = caplog.records
+    assert re.match(f"{stopped} does nothing; it goes on after kill -CONT", record.message)
+
+
+@pytest.mark.parametrize(
+    ("fault", "during"), [("graphs", "while loading"), ("step", "while it ran")]
+)
+def test_a_rank_that_fails_while_the_other_waits_for_it(tiny, monkeypatch, fault, during):
+    started = []
+
+    def ranks(target, args):
+        started.append(Ranks("launch_targets:faulty", [(*each, fault) for each in args]))
+        return started[0]
+
+    monkeypatch.setattr(group, "Ranks", ranks)
+    with pytest.raises(GroupError, match=f"rank 1 failed {during}: RuntimeError: out of") as info:
+        LLM(tiny, data_parallel_size=2, **POOLED, **SIZES).generate(PROMPTS, use_tqdm=False)
+    at = float(re.search(r"out of order at ([\d.]+)", str(info.value))[1])
+    assert time.monotonic() - at < 10
+    assert gone(started[0].pids, within=0)
+    if fault == "graphs":
+        assert "shipped steps are not captured with enforce_eager=True" in str(info.value)
 
 
 def test_a_rank_never_waits_to_be_read():
@@ -262,7 +315,7 @@ def torchrun(task, model, tmp_path):
     path, env = script(task, tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", path, str(model), task]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
 
 def test_torchrun_gives_the_same(tiny, expected, tmp_path):

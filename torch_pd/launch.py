@@ -7,6 +7,7 @@ the parent over a socket pair: no ports, no files. It dies with the parent, what
 
 import ctypes
 import importlib
+import logging
 import os
 import queue
 import select
@@ -25,8 +26,12 @@ from typing import Any
 
 from torch_pd.board import GroupError
 
+logger = logging.getLogger(__name__)
+
 HANG_S = 7.0
 """A start in which nothing has happened for so long is taken to hang."""
+STOPPED_S = 5.0
+"""After so long without a message it is seen whether a signal has stopped a rank."""
 _SETTLE_S = 0.3
 """Time in which the first rank to fall takes others with it; then the cause is looked for."""
 _STOP_S = 5.0
@@ -130,6 +135,7 @@ class Ranks:
         self._outgoing: queue.SimpleQueue = queue.SimpleQueue()
         self._closing = False
         self._children: list[_Child] = []
+        self._stopped: set[int] = set()
         self._lock = threading.Lock()
         self._wake, self._woken = os.pipe()
         started: queue.Queue = queue.Queue()
@@ -145,6 +151,12 @@ class Ranks:
     def pids(self) -> list[int]:
         """Process ids by rank."""
         return [child.process.pid for child in self._children]
+
+    def describe(self, rank: int) -> str:
+        """A rank, its process, and whether a signal has stopped that."""
+        pid = self.pids[rank]
+        stopped = ", stopped by a signal," if _state(pid)[0] == "T" else ""
+        return f"rank {rank} (process {pid}){stopped}"
 
     def send(self, message: Any, rank: int | None = None) -> None:
         """Sends to a child, or to all; all of it or nothing, even if Ctrl-C interrupts.
@@ -256,7 +268,7 @@ class Ranks:
             if not alive:
                 return
             starting = [child for child in alive if child.phase != self.READY]
-            timeout = 0.5 if starting else None
+            timeout = 0.5 if starting else STOPPED_S
             if self._closing:
                 deadline = deadline or time.monotonic() + _STOP_S
                 timeout = max(0.0, deadline - time.monotonic())
@@ -271,6 +283,8 @@ class Ranks:
                 if deadline is not None and time.monotonic() >= deadline:
                     return
                 continue
+            if not ready and not starting:
+                self._warn_of_stopped()
             fallen = [child for child in self._children if child.ended or child.fault is not None]
             if fallen:
                 self.failure = self._why(alive)
@@ -282,6 +296,17 @@ class Ranks:
                     f"{hanging.phase}: it has done nothing for {HANG_S:.0f} s"
                 )
                 return
+
+    def _warn_of_stopped(self) -> None:
+        """Tells once of a rank that a signal has stopped: perhaps all wait for it."""
+        stopped = {c.rank for c in self._children if _state(c.process.pid)[0] == "T"}
+        for rank in sorted(stopped - self._stopped):
+            logger.warning(
+                "%s does nothing; it goes on after kill -CONT %d",
+                self.describe(rank),
+                self.pids[rank],
+            )
+        self._stopped = stopped
 
     def _write(self, alive: list[_Child]) -> None:
         while not self._outgoing.empty():

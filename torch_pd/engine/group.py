@@ -186,14 +186,15 @@ class Spawned:
         except GroupError:
             self._ended()
             raise
-        except BaseException:
-            self._drop()
+        except BaseException as error:
+            self._drop(error)
             raise
         finally:
             self._numbers.end()
 
-    def _drop(self) -> None:
-        """Ends a call that the caller left; if a rank does not get out of it, ends all."""
+    def _drop(self, left: BaseException) -> None:
+        """Ends a call that the caller left (by an interrupt or otherwise); if a rank does not get
+        out of it, ends all."""
         inside = set(range(self.config.data_parallel_size))
         self._kept.clear()
         try:
@@ -202,6 +203,13 @@ class Spawned:
                 rank, message = self._ranks.receive(_ABORT_S)
                 if message == ABORTED:
                     inside.discard(rank)
+        except TimeoutError:
+            names = ", ".join(self._ranks.describe(rank) for rank in sorted(inside))
+            self._ended()
+            raise GroupError(
+                f"{names} did not leave the call within {_ABORT_S:.0f} s of "
+                f"{type(left).__name__}, so the group was ended"
+            ) from left
         except BaseException:
             self._ended()
             raise
