@@ -41,10 +41,13 @@ def as_float(name: str, value: Any) -> float:
     """``value`` as a float; TypeError for no number (bool too), ValueError if not finite."""
     if isinstance(value, bool) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    value = float(value)
-    if not math.isfinite(value):
+    try:
+        result = float(value)
+    except OverflowError:  # a large int
+        result = math.inf
+    if not math.isfinite(result):
         raise ValueError(f"{name} must be a finite number, got {value}")
-    return value
+    return result
 
 
 def check_fields(settings: Any) -> None:

@@ -268,6 +268,11 @@ class LLM:
             sampling_params = SamplingParams()
         if isinstance(sampling_params, SamplingParams):
             params = [sampling_params] * len(parsed)
+        elif not isinstance(sampling_params, (list, tuple)):
+            raise TypeError(
+                "sampling_params must be SamplingParams or a list of them, got "
+                f"{sampling_params!r} ({type(sampling_params).__name__})"
+            )
         else:
             params = list(sampling_params)
             if len(params) != len(parsed):

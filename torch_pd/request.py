@@ -22,7 +22,7 @@ class SamplingParams:
         TypeError: a value of the wrong type, or an unknown name (with the closest valid one).
     """
 
-    n: int = option(1, "completions of each prompt", bounds="[1, inf)")
+    n: int = option(1, "completions of each prompt", bounds="[1, 16384]")
     temperature: float = option(1.0, "0 is greedy", bounds="[0, inf)")
     top_p: float = option(1.0, "share of the probability to draw from", bounds="(0, 1]")
     top_k: int = option(0, "best tokens to draw from; 0 or -1: all", bounds="[-1, inf)")
@@ -42,7 +42,7 @@ class SamplingParams:
         0.0, "subtracted per occurrence in the output", bounds="[-2, 2]"
     )
     repetition_penalty: float = option(
-        1.0, "divides the logits of tokens in prompt or output", bounds="(0, inf)"
+        1.0, "divides the logits of tokens in prompt or output; 1e-6 to 1e6", bounds="(0, inf)"
     )
     logprobs: int | None = option(
         None, "best tokens to report at each step; -1: all", bounds="[-1, inf)"
@@ -63,6 +63,11 @@ class SamplingParams:
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        if not 1e-6 <= self.repetition_penalty <= 1e6:
+            raise ValueError(
+                "repetition_penalty must be in [1e-06, 1e+06], or logits overflow; got "
+                f"{self.repetition_penalty}"
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens must be <= max_tokens={self.max_tokens}, got {self.min_tokens}"
