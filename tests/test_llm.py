@@ -1,6 +1,7 @@
 """LLM end to end: the same text as Hugging Face, whatever the batching; parameters; errors."""
 
 import random
+import threading
 import weakref
 
 import pytest
@@ -285,6 +286,45 @@ def test_leaving_a_stream_drops_the_rest(llm):
     stats = llm.stats()
     assert (stats["running"], stats["waiting"], stats["kv_pages_used"]) == (0, 0, 0)
     assert len(llm.generate(TEXTS, GREEDY, use_tqdm=False)) == len(TEXTS)
+
+
+def test_one_call_runs_at_a_time(llm, tiny):
+    expected = llm.generate(TEXTS, GREEDY, use_tqdm=False)
+    outputs = llm.stream(TEXTS, GREEDY)
+    next(outputs)
+    refused = []
+
+    def call():
+        with pytest.raises(RuntimeError, match=r"a call is under way, .* one at a time") as info:
+            llm.generate(TEXTS, GREEDY, use_tqdm=False)
+        refused.append(info)
+
+    call()
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert len(refused) == 2
+    finished = sorted(int(o.request_id.split("-")[1]) for o in outputs if o.finished)
+    assert finished == list(range(len(TEXTS)))  # it lost nothing
+    assert tokens_of(llm.generate(TEXTS, GREEDY, use_tqdm=False)) == tokens_of(expected)
+    with LLM(tiny, kv_cache_gib=0.01) as other:
+        outputs = other.stream(TEXTS[:1], GREEDY)
+        next(outputs)
+    with pytest.raises(
+        RuntimeError, match="it was shut down before the loop over its stream ended"
+    ):
+        list(outputs)
+
+
+@pytest.mark.parametrize("params", [5, "hot", {"temperature": 0}, iter([GREEDY])])
+def test_parameters_of_another_type(llm, params):
+    with pytest.raises(TypeError, match="sampling_params must be SamplingParams or a list of them"):
+        llm.generate(TEXTS, params, use_tqdm=False)
+
+
+def test_more_kv_pages_than_memory(tiny):
+    with pytest.raises(ValueError, match=r"GiB, but of host memory .* GiB are left"):
+        LLM(tiny, kv_cache_gib=1e6)
 
 
 def test_chat(llm):

@@ -13,7 +13,7 @@ from torch_pd.nn.patch import patch_model, unpatch_model
 from torch_pd.weights import checkpoint as checkpoint_module
 from torch_pd.weights.checkpoint import Checkpoint
 from torch_pd.weights.dummy import Dummy
-from torch_pd.weights.loader import load_model, read_config
+from torch_pd.weights.loader import load_model, load_tokenizer, read_config
 from torch_pd.weights.skeleton import build_skeleton, materialise
 from torch_pd.weights.slices import Slice
 
@@ -192,6 +192,29 @@ def test_damaged_folders(save, tmp_path):
     (path / "model.safetensors.index.json").write_text(json.dumps({"weights": 1}))
     with pytest.raises(ValueError, match="no index of safetensors"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("config.json", "{", "config.json' cannot be read as a model config"),
+        ("config.json", "[1]", "config.json' cannot be read as a model config"),
+        ("config.json", {"dtype": "float99"}, "config.json' cannot be read as a model config"),
+        ("config.json", {"num_attention_heads": 5}, "not a multiple of the number of attention"),
+        ("config.json", {"hidden_act": "nonesuch"}, "cannot build 'llama' .*KeyError: 'nonesuch'"),
+        ("config.json", {"dtype": 5}, "cannot build 'llama' from its config.json"),
+        ("generation_config.json", "{", "generation_config.json' cannot be read"),
+        ("tokenizer.json", "{", "the tokenizer of .* cannot be read"),
+    ],
+)
+def test_damaged_json(save, file, change, words):
+    path = save("llama") / file
+    if isinstance(change, dict):
+        change = json.dumps(json.loads(path.read_text()) | change)
+    path.write_text(change)
+    read = load_tokenizer if file == "tokenizer.json" else load
+    with pytest.raises(ValueError, match=words):
+        read(path.parent)
 
 
 def test_a_failing_read_ends_the_load(save, monkeypatch):

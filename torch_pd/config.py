@@ -155,8 +155,8 @@ class EngineConfig:
         None, "longest sequence in tokens; default the model's", bounds="[1, inf)"
     )
     block_size: int = option(16, "tokens of a KV page", (16, 32, 64))
-    max_num_seqs: int = option(1024, "sequences running at once", bounds="[1, inf)")
-    max_num_batched_tokens: int = option(8192, "tokens of one step", bounds="[1, inf)")
+    max_num_seqs: int = option(1024, "sequences running at once", bounds="[1, 1048576]")
+    max_num_batched_tokens: int = option(8192, "tokens of one step", bounds="[1, 1048576]")
     enable_prefix_caching: bool = option(True, "share the KV pages of equal prefixes")
     enforce_eager: bool = option(False, "no CUDA graphs")
     gpu_memory_utilization: float | None = option(
@@ -166,29 +166,31 @@ class EngineConfig:
         None,
         "GiB of KV pages; default: what is left on a GPU, on CPU the smaller of 4 GiB and 40% of "
         "available memory",
-        bounds="(0, inf)",
+        bounds="(0, 1048576]",
     )
     kv_cache_dtype: str = option("auto", "precision of KV pages", ("auto", "fp8", "int8"))
     host_kv_gib: float = option(
         0.0,
         "GiB of pinned host memory for KV pages: swapped sequences, prefixes, and the older pages "
         "of sequences larger than the GPU's pool",
-        bounds="[0, inf)",
+        bounds="[0, 1048576]",
     )
     peer_kv_gib: float = option(
         0.0,
         "GiB of GPU memory that each rank outside data_ranks lends to those inside for KV pages",
-        bounds="[0, inf)",
+        bounds="[0, 1048576]",
     )
-    disk_kv_gib: float = option(0.0, "GiB of disk for the KV pages of prefixes", bounds="[0, inf)")
+    disk_kv_gib: float = option(
+        0.0, "GiB of disk for the KV pages of prefixes", bounds="[0, 1048576]"
+    )
     disk_kv_path: str | None = option(None, "folder for KV pages on disk")
-    data_parallel_size: int = option(1, "ranks to spawn", bounds="[1, inf)")
+    data_parallel_size: int = option(1, "ranks to spawn", bounds="[1, 16]")
     weights: str = option("auto", "where weights live", ("auto", "resident", "pooled"))
     weight_layout: str = option("shard", "how pooled weights are split", ("shard", "layer"))
     weight_replicas: int = option(1, "ranks that hold each shard", bounds="[1, inf)")
     remote_mode: str = option("auto", "how pooled weights are used", ("auto", "stream", "ship"))
     ring_gib: float | None = option(
-        None, "GiB of the ring cache of streamed weights", bounds="(0, inf)"
+        None, "GiB of the ring cache of streamed weights", bounds="(0, 1048576]"
     )
     param_ranks: tuple[int, ...] | None = option(None, "ranks that hold weights", bounds="[0, inf)")
     data_ranks: tuple[int, ...] | None = option(None, "ranks that hold KV pages", bounds="[0, inf)")

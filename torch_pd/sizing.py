@@ -1,5 +1,6 @@
 """Pure arithmetic of memory: bytes of pages, pages of a budget. No tensors, no devices."""
 
+import math
 from dataclasses import dataclass
 
 GIB = 1 << 30
@@ -42,6 +43,11 @@ class KVShape:
         )
 
 
+def _gib_text(nbytes: int) -> str:
+    """GiB that are enough for so many bytes, in millionths."""
+    return f"{math.ceil(nbytes / GIB * 1e6) / 1e6:g}"
+
+
 def pages_of_budget(shape: KVShape, budget_bytes: int, setting: str) -> int:
     """Pages that fit into ``budget_bytes``, page 0 (padding) included.
 
@@ -53,7 +59,7 @@ def pages_of_budget(shape: KVShape, budget_bytes: int, setting: str) -> int:
         raise ValueError(
             f"{setting} leaves {budget_bytes:,} bytes for KV pages, room for {max(pages, 0)} "
             f"({shape.describe()}); at least 2 are needed (page 0 is padding): give at least "
-            f"kv_cache_gib={2 * shape.page_bytes / GIB:.4f}"
+            f"kv_cache_gib={_gib_text(2 * shape.page_bytes)}"
         )
     return pages
 
@@ -74,7 +80,7 @@ def tier_pages(page_bytes: int, gib: float, available: int, setting: str, what: 
     if pages < 2:
         raise ValueError(
             f"{setting}={gib} is {int(gib * GIB):,} bytes, room for {pages} pages of "
-            f"{page_bytes:,} bytes; give at least {setting}={2 * page_bytes / GIB:.4f}"
+            f"{page_bytes:,} bytes; give at least {setting}={_gib_text(2 * page_bytes)}"
         )
     if pages * page_bytes > available * 95 // 100:
         raise ValueError(

@@ -105,7 +105,8 @@ class Engine:
     ):
         self.config = config
         self.world = world
-        ranks = range(1 if world is None else world.size)
+        self._ranks = 1 if world is None else world.size
+        ranks = range(self._ranks)
         self.serving = [config.data_ranks is None or rank in config.data_ranks for rank in ranks]
         """Of each rank, whether it holds KV pages and so runs requests."""
         self.serves = self.serving[0 if world is None else world.rank]
@@ -147,13 +148,17 @@ class Engine:
             budget, setting = int(config.kv_cache_gib * GIB), f"kv_cache_gib={config.kv_cache_gib}"
             if self.ledger is not None:
                 self.ledger.check(budget, shape, setting)
+            elif budget > 2 * shape.page_bytes:
+                room = available_memory() // self._ranks
+                tier_pages(
+                    shape.page_bytes, config.kv_cache_gib, room, "kv_cache_gib", "host memory"
+                )
         elif self.ledger is not None:
             self.ledger.check(2 * shape.page_bytes, shape)
             budget, setting = self.ledger.left, "the memory ledger"
         else:
             budget, setting = cpu_kv_bytes(available_memory()), "40% of the available memory"
-            if self.world is not None:
-                budget //= self.world.size
+            budget //= self._ranks
         if not self.serves:
             budget, setting = 2 * shape.page_bytes, "a rank without requests"
         num_pages = pages_of_budget(shape, budget, setting)
@@ -261,12 +266,11 @@ class Engine:
     def _tier_pages(self, page_bytes: int) -> tuple[int, int]:
         """Pages of the host pool and on disk. ValueError if the machine lacks the room."""
         config = self.config
-        ranks = 1 if self.world is None else self.world.size
-        memory = available_memory() // ranks
+        memory = available_memory() // self._ranks
         host = tier_pages(page_bytes, config.host_kv_gib, memory, "host_kv_gib", "host memory")
         disk = 0
         if config.disk_kv_path is not None:
-            room = free_space(config.disk_kv_path) // ranks
+            room = free_space(config.disk_kv_path) // self._ranks
             disk = tier_pages(page_bytes, config.disk_kv_gib, room, "disk_kv_gib", "the disk")
         return host, disk
 

@@ -86,6 +86,8 @@ class Single:
     def __init__(self, engine: Engine | Lender):
         assert isinstance(engine, Engine), "a single rank has nobody to lend to"
         self.engine = engine
+        self._numbers = _Numbers()
+        self._closed = False
 
     @property
     def limits(self) -> Limits:
@@ -93,12 +95,15 @@ class Single:
 
     def run(self, requests: list[Request], stream: bool) -> Iterator[RequestOutput]:
         engine = self.engine
+        self._numbers.begin(requests, stream)
         pending = set()
         try:
             for request in requests:
                 engine.add(request, stream=stream)
                 pending.add(request.request_id)
             while pending:
+                if self._closed:
+                    raise RuntimeError("it was shut down before the loop over its stream ended")
                 for output in engine.step():
                     if output.finished:
                         pending.discard(output.request_id)
@@ -107,11 +112,13 @@ class Single:
             # An error, or a caller that left the loop: nothing of this call stays behind.
             for request_id in pending:
                 engine.abort(request_id)
+            self._numbers.end()
 
     def stats(self) -> dict[str, Any]:
         return self.engine.stats()
 
     def shutdown(self) -> None:
+        self._closed = True
         self.engine.shutdown()
 
 
@@ -474,30 +481,33 @@ class _Inbox:
 
 
 class _Numbers:
-    """Numbers the calls of one group, of which one runs at a time."""
+    """Numbers the calls of one LLM, of which one runs at a time."""
 
     def __init__(self) -> None:
         self.calls = self.requests = 0
-        self.under_way = False
+        self._under_way = threading.Lock()
 
     def check(self) -> None:
         """Raises RuntimeError while a call is under way."""
-        if self.under_way:
-            raise RuntimeError(
-                "a call is under way; several ranks run one at a time: finish the loop over its "
-                "stream, or close it"
-            )
+        if self._under_way.locked():
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise RuntimeError(
+            "a call is under way, and an LLM runs one at a time: finish the loop over its stream, "
+            "or close it; of several threads, let one make the calls"
+        )
 
     def begin(self, requests: list[Request], stream: bool) -> Call:
-        self.check()
-        self.under_way = True
+        if not self._under_way.acquire(blocking=False):
+            self._refuse()
         self.calls += 1
         call = Call(self.calls, requests, self.requests, stream)
         self.requests += len(requests)
         return call
 
     def end(self) -> None:
-        self.under_way = False
+        self._under_way.release()
 
 
 def join(config: EngineConfig, given: bool, device: str) -> World:

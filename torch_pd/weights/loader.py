@@ -1,7 +1,6 @@
 """Reading a model: a folder of safetensors, a GGUF file, random weights, or a module at hand."""
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -75,7 +74,7 @@ def read_config(path: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, KeyError, json.JSONDecodeError, OSError) as error:
+    except Exception as error:  # the checks of transformers raise what they like
         raise ValueError(
             f"{str(path / 'config.json')!r} cannot be read as a model config: {error}"
         ) from error
@@ -279,7 +278,12 @@ def read_generation_config(model: "PreTrainedModel", path: Path) -> None:
     from transformers import GenerationConfig
 
     if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{str(path / 'generation_config.json')!r} cannot be read: {error}"
+            ) from error
 
 
 def _load_by_transformers(
@@ -314,6 +318,10 @@ def load_tokenizer(model: "str | Path | PreTrainedModel") -> "PreTrainedTokenize
         return None
     from transformers import AutoTokenizer
 
-    if path.is_file():
-        return AutoTokenizer.from_pretrained(**_load_kwargs(path, "gguf"), local_files_only=True)
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if path.is_dir() and (path / "config.json").is_file():
+        read_config(path)  # as the tokenizer's reader does, with less clear errors
+    kwargs = _load_kwargs(path, "gguf" if path.is_file() else "safetensors")
+    try:
+        return AutoTokenizer.from_pretrained(**kwargs, local_files_only=True)
+    except Exception as error:  # of as many kinds as there are tokenizers
+        raise ValueError(f"the tokenizer of {str(path)!r} cannot be read: {error}") from error

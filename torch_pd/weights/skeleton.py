@@ -38,7 +38,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> "PreTrainedModel":
     """The causal LM of a Hugging Face config, in eval mode: parameters on meta, buffers real.
 
     Raises:
-        ValueError: transformers has none of this config.
+        ValueError: transformers has none of this config, or cannot build it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -50,8 +50,14 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> "PreTrainedModel":
             f"{config.model_type!r}{named} is no causal language model of transformers: "
             f"AutoModelForCausalLM does not know {type(config).__name__}"
         )
-    with _parameters_on_meta():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    try:
+        with _parameters_on_meta():
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"transformers cannot build {config.model_type!r} from its config.json: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def materialise(
