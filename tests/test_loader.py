@@ -24,6 +24,8 @@ BY_TRANSFORMERS = {
     "qwen3_moe": "renamed or merged",
     "qwen2_moe": "renamed or merged",
     "gpt_neox": "renamed or merged",
+    "olmoe_clip": "renamed or merged",
+    "deepseek_v3": "renamed or merged",
 }
 """Name -> why it is not read directly."""
 

@@ -314,7 +314,8 @@ def load_tokenizer(model: "str | Path | PreTrainedModel") -> "PreTrainedTokenize
         return None
     path = Path(model).expanduser()
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not path.is_file() and not any((path / name).is_file() for name in names):
+    held = [name for name in names if (path / name).is_file()]
+    if not (path.suffix == ".gguf" if path.is_file() else held):
         return None
     from transformers import AutoTokenizer
 
