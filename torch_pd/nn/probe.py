@@ -329,7 +329,10 @@ def _record(model: PreTrainedModel, firsts: Sequence[int]) -> Probe:
                 hooks.append(layer.register_forward_hook(after))
     what = "its forward pass over pages failed"
     if device.type == "meta":
-        what = "its forward pass, to be looked at before its weights are loaded, needs numbers"
+        what = (
+            "its forward pass was to be looked at before its weights are loaded (as info and "
+            "weights='pooled' do; others load them first), but needs numbers"
+        )
     try:
         with (
             torch.no_grad(),
