@@ -65,6 +65,23 @@ FUSED = {
         _with(sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2)
         | {"num_hidden_layers": 4},
     ),
+    "ministral3": (  # queries grow with the position
+        "Ministral3",
+        _with(
+            head_dim=8,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "original_max_position_embeddings": 16,
+                "llama_4_scaling_beta": 0.5,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+            },
+        ),
+    ),
     "olmo2": ("Olmo2", _with()),
     "granite": (
         "Granite",
@@ -122,23 +139,6 @@ GENERAL = {
     "stablelm": ("StableLm", _with(use_qkv_bias=True, qk_layernorm=True)),
     "cohere": ("Cohere", _with(logit_scale=0.3, use_qk_norm=True)),
     "glm": ("Glm", _with(head_dim=8, partial_rotary_factor=0.5, attention_bias=True)),
-    "ministral3": (  # queries grow with the position
-        "Ministral3",
-        _with(
-            head_dim=8,
-            rope_parameters={
-                "rope_type": "yarn",
-                "rope_theta": 1e4,
-                "factor": 8.0,
-                "original_max_position_embeddings": 16,
-                "llama_4_scaling_beta": 0.5,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-            },
-        ),
-    ),
     "olmoe_clip": ("Olmoe", _with(num_experts=4, clip_qkv=2.0, **_MOE)),
     "deepseek_v3": (  # keys wider than values
         "DeepseekV3",

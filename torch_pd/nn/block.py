@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ class Flow:
     scale: float = 1.0
     address: int = 0
     """Of the output that lacks the branch."""
+    q_factor: tuple[Tensor, Tensor] | None = None
+    """Positions of a pass, and what the queries there grow by."""
 
     def give(self, hidden: Tensor, branch: Tensor, scale: float) -> Tensor:
         """Returns ``hidden``, which lacks ``scale * branch`` from here on."""
@@ -70,6 +72,28 @@ class Flow:
         if branch is not None and hidden.data_ptr() != self.address:
             raise RuntimeError("the model changes hidden states between its layers")
         return branch
+
+
+class Rotation(NamedTuple):
+    """What the positions of the tokens do to queries and keys."""
+
+    cos: Tensor
+    """[T, R], as sin."""
+    sin: Tensor
+    q_factor: Tensor | None = None
+    """[T], of the rotated queries."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Queries grow by a step every ``length`` positions (Ministral 3)."""
+
+    beta: float
+    length: float
+
+    def factor(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of the queries at ``positions [T]``."""
+        return (1 + self.beta * torch.log(1 + torch.floor(positions / self.length))).to(dtype)
 
 
 @dataclass
@@ -90,14 +114,14 @@ class FusedAttention:
     k_norm: Norm | None
     group: int = 0
 
-    def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """``x [T, hidden]``, rotation = cos, sin ``[T, R]``; returns ``[T, hidden]``."""
+    def __call__(self, x: Tensor, rotation: Rotation | None) -> Tensor:
+        """``x [T, hidden]``; returns ``[T, hidden]``."""
         return linear(self.attend(self.qkv(x), rotation), self.o.weight, self.o.bias)
 
     def attend(
         self,
         qkv: Tensor,
-        rotation: tuple[Tensor, Tensor] | None,
+        rotation: Rotation | None,
         shard_heads: Sequence[int] | None = None,
         blocked: bool = False,
     ) -> Tensor:
@@ -109,7 +133,7 @@ class FusedAttention:
         pages = batch.groups[self.group]
         cache = pool.layer(self.layer)
         q = qkv.new_empty(qkv.shape[0], self.num_heads, self.head_dim)
-        cos, sin = rotation if rotation is not None else (None, None)
+        cos, sin, q_factor = rotation if rotation is not None else (None, None, None)
         q_norm, k_norm = self.q_norm, self.k_norm
         ops.rope_write_kv(
             qkv,
@@ -128,6 +152,8 @@ class FusedAttention:
             k_scale=cache.k_scale,
             v_scale=cache.v_scale,
         )
+        if q_factor is not None:
+            q.mul_(q_factor[:, None, None])
         out = torch.empty_like(q)
         attend(
             q,
@@ -193,12 +219,13 @@ class FusedBlock:
     post_mlp: Norm | None
     multiplier: float
     """Of both branches before they are added (Granite)."""
+    growth: Growth | None = None
 
     flow: Flow = field(default_factory=Flow)
     hands_on: bool = False
     """Whoever gets the output takes a branch from ``flow``."""
 
-    def __call__(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    def __call__(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
         """``hidden [T, C]`` is left as it is, unless it lacks a branch: others may hold it. Returns
         another ``[T, C]``, complete or (`hands_on`, in a pass of the engine) without a branch."""
         branch = self.flow.take(hidden)
@@ -232,6 +259,15 @@ class FusedBlock:
             return self.flow.give(residual, branch, self.multiplier)
         return torch.add(residual, branch, alpha=self.multiplier)
 
+    def q_factor(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """``[T]``, what queries grow by at ``positions [1, T]``; made once in a pass."""
+        if self.growth is None:
+            return None
+        made = self.flow.q_factor
+        if made is None or made[0] is not positions:
+            self.flow.q_factor = made = positions, self.growth.factor(positions[0], dtype)
+        return made[1]
+
     def merged(self) -> list[MergedLinear]:
         """The merged matrices of the block."""
         attention = [self.attention.qkv] if isinstance(self.attention, FusedAttention) else []
@@ -244,18 +280,23 @@ def forward(
     hidden_states: Tensor,
     *args,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
+    position_ids: Tensor | None = None,
     **kwargs,
 ) -> Tensor:
-    """Stands in for a decoder layer's forward. ``hidden_states [1, T, C]``, cos, sin ``[1, T, R]``.
+    """Stands in for a decoder layer's forward. ``hidden_states [1, T, C]``, cos, sin ``[1, T, R]``,
+    positions ``[1, T]``.
 
-    The other arguments (mask, cache, positions) say what the batch of the running pass says.
+    The other arguments (mask, cache) say what the batch of the running pass says.
     """
     block: FusedBlock = layer.__dict__["_torch_pd"]
     rotation = None
     if block.attention.rotary:
         assert position_embeddings is not None
         cos, sin = position_embeddings
-        rotation = cos[0], sin[0]
+        factor = None
+        if position_ids is not None:
+            factor = block.q_factor(position_ids, hidden_states.dtype)
+        rotation = Rotation(cos[0], sin[0], factor)
     return block(hidden_states[0], rotation).unsqueeze(0)
 
 

@@ -215,7 +215,8 @@ def forward_packed(
     try:
         output = generate.run(state, model, pool, batch, positions, select, input_ids=ids)
     finally:
-        state.flow.on, state.flow.branch = False, None
+        state.flow.on = False
+        state.flow.branch = state.flow.q_factor = None
         state.running.logits = None
     return output.logits[0]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from torch_pd import ops
 from torch_pd.nn import patch
 from torch_pd.nn.attention import Pass
-from torch_pd.nn.block import FusedAttention, FusedBlock, FusedMLP
+from torch_pd.nn.block import FusedAttention, FusedBlock, FusedMLP, Rotation
 from torch_pd.nn.linear import linear, linear_in_parts
 from torch_pd.nn.patch import patch_state
 from torch_pd.nn.probe import put
@@ -76,8 +76,8 @@ class PooledAttention:
         """Whether it needs cos and sin."""
         return self.fused.rotary
 
-    def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """``x [T, hidden]``, rotation = cos, sin ``[T, R]``; returns ``[T, hidden]``."""
+    def __call__(self, x: Tensor, rotation: Rotation | None) -> Tensor:
+        """``x [T, hidden]``; returns ``[T, hidden]``."""
         fused, shard, shared = self.fused, self.shard, self.shared
         exchange = shared.shipping()
         if exchange is None:

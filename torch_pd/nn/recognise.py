@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_pd.nn.attention import AttentionCall, Pass
-from torch_pd.nn.block import ForeignMLP, FusedAttention, FusedBlock, FusedMLP, Norm
+from torch_pd.nn.block import ForeignMLP, FusedAttention, FusedBlock, FusedMLP, Growth, Norm
 from torch_pd.nn.linear import MergedLinear
 
 # Norms of a layer by name -> where they sit: before attention, after it, before the MLP, after it.
@@ -41,6 +41,8 @@ _FUNCTIONS = set(
     "dropout".split()
 )
 """Of torch, that a layer, an attention or an MLP may call by itself and still be one of ours."""
+_GROWTH = {"div", "floor", "log"}
+"""Besides, where queries grow with the position."""
 
 
 class NotRecognised(Exception):
@@ -73,8 +75,11 @@ def recognise(
     if len(dtypes) != 1:
         raise NotRecognised(f"parameters of several dtypes: {sorted(map(str, dtypes))}")
     _check_plain("", layer)
-    for name, module in (("the layer", layer), ("attention", call.module)):
-        _check_functions(name, module, functions)
+    growth = _growth(call.module)
+    if growth is not None and not functions.get(id(call.module), set()) >= _GROWTH:
+        growth = None
+    _check_functions("the layer", layer, functions)
+    _check_functions("attention", call.module, functions, _GROWTH if growth else set())
     norms: dict[str, nn.Module] = {}
     others: dict[str, nn.Module] = {}
     for name, child in children.items():
@@ -105,6 +110,7 @@ def recognise(
         pre_mlp=pre_mlp,
         post_mlp=post_mlp,
         multiplier=float(multiplier),
+        growth=growth,
     )
 
 
@@ -117,11 +123,22 @@ def _check_plain(name: str, module: nn.Module) -> None:
         raise NotRecognised(f"{name or 'the layer'} has hooks or a forward of its own")
 
 
-def _check_functions(name: str, module: nn.Module, functions: Mapping[int, set[str]]) -> None:
+def _check_functions(
+    name: str, module: nn.Module, functions: Mapping[int, set[str]], more: set[str] | None = None
+) -> None:
     """What a few tokens do not show, such as the clamping of large values, shows in the calls."""
-    others = functions.get(id(module), set()) - _FUNCTIONS
+    others = functions.get(id(module), set()) - _FUNCTIONS - (more or set())
     if others:
         raise NotRecognised(f"{name} calls {', '.join(sorted(others))}")
+
+
+def _growth(module: nn.Module) -> Growth | None:
+    """How the config of an attention lets its queries grow; whether they do, numbers must show."""
+    rope = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    beta, length = (
+        rope.get(name) for name in ("llama_4_scaling_beta", "original_max_position_embeddings")
+    )
+    return Growth(float(beta), float(length)) if beta and length else None
 
 
 def _linears(parent: nn.Module, names: Iterable[str]) -> list[nn.Linear] | None:

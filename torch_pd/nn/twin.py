@@ -72,6 +72,7 @@ def _kind(block: FusedBlock) -> tuple:
         *map(_norm_kind, (block.pre_attention, block.post_attention)),
         *map(_norm_kind, (block.pre_mlp, block.post_mlp)),
         block.multiplier,
+        block.growth,
     )
 
 
