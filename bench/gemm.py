@@ -14,11 +14,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 
 BYTES_PER_S = 3.0e12
 FLOPS = 700e12
@@ -274,35 +275,67 @@ class Choice:
     workspace: int = 0
     waves: float = 0.0
     rank: int = -1
+    """In the heuristic's list; 100: found for another product; 200: split otherwise."""
     us: float = 0.0
     error: float = 0.0
+    algo: _Algo = field(default_factory=_Algo)
 
 
-def candidates(product: Product, depth: int) -> list[Choice]:
-    """The heuristic's algorithms, and its first few with the inner dimension split otherwise."""
-    found: dict[tuple[int, ...], tuple[_Heuristic, int]] = {}
-    # 2: partial sums stay in float32; 7: any way of adding them.
-    listed = product.heuristics(depth, WORKSPACE, 2)
-    for rank, result in [
-        *enumerate(listed),
-        *enumerate(product.heuristics(depth, WORKSPACE, 7), 200),
-    ]:
-        found.setdefault(tuple(product.config(result.algo)), (result, rank))
-    for rank, result in enumerate(listed[:10]):
-        for split in (1, 2, 3, 4, 5, 6, 8):
-            other = product.changed(result.algo, split=split, reduction=2 if split > 1 else 0)
+Pool = dict[tuple[int, ...], tuple[_Heuristic, int]]
+"""By configuration: the algorithm and its place in the list that it was first found in."""
+
+
+def listed(product: Product, depth: int) -> Pool:
+    """The algorithms that the heuristic names for a product, for workspaces of several sizes."""
+    found: Pool = {}
+    for workspace in (WORKSPACE, 1 << 20, 0):
+        # 2: partial sums stay in float32; 7: any way of adding them.
+        for reductions in (2, 7):
+            for rank, result in enumerate(product.heuristics(depth, workspace, reductions)):
+                found.setdefault(tuple(product.config(result.algo)), (result, rank))
+    return found
+
+
+def candidates(product: Product, depth: int, pool: Pool) -> list[Choice]:
+    """The heuristic's algorithms, and those of the pool that can do this product."""
+    found = listed(product, depth)
+    for config, (result, _) in pool.items():
+        if config not in found:
+            other = product.changed(result.algo)
             if other is not None:
-                found.setdefault(tuple(product.config(other.algo)), (other, 100 + rank))
-    return [
-        Choice(
-            "lt", product.runner(result.algo), list(config), result.workspace, result.waves, rank
-        )
-        for config, (result, rank) in found.items()
-    ]
+                found[config] = other, 100
+    return [choice_of(product, result, rank) for result, rank in found.values()]
+
+
+def choice_of(product: Product, result: _Heuristic, rank: int) -> Choice:
+    config = product.config(result.algo)
+    choice = Choice("lt", product.runner(result.algo), config, result.workspace, result.waves, rank)
+    choice.algo = result.algo
+    return choice
+
+
+def in_splits(product: Product, choices: Sequence[Choice]) -> list[Choice]:
+    """The same algorithms with the inner dimension split otherwise."""
+    known = {tuple(choice.config) for choice in choices}
+    found = []
+    for choice in choices:
+        for split in (1, 2, 3, 4, 5, 6, 8):
+            other = product.changed(choice.algo, split=split, reduction=2 if split > 1 else 0)
+            if other is not None and tuple(product.config(other.algo)) not in known:
+                found.append(choice_of(product, other, 200))
+                known.add(tuple(found[-1].config))
+    return found
 
 
 def measure(
-    lt: Lt, memory: Memory, rows: int, out: int, inner: int, args: argparse.Namespace, gate_up: bool
+    lt: Lt,
+    memory: Memory,
+    rows: int,
+    out: int,
+    inner: int,
+    args: argparse.Namespace,
+    gate_up: bool,
+    pool: Pool,
 ) -> list[Choice]:
     x = torch.randn(rows, inner, dtype=torch.bfloat16, device="cuda")
     copies = max(2, -(-args.rotate_mib * (1 << 20) // (out * inner * 2)))
@@ -337,22 +370,29 @@ def measure(
     product = Product(lt, rows, out, inner)
     tried: list[Choice] = []
     fastest = float("inf")
-    for choice in candidates(product, args.depth):
-        try:
-            good = correct(choice)
-        except RuntimeError as error:
-            print(f"   refused {choice.config}: {error}", flush=True)
-            continue
-        if not good:
-            print(f"   wrong {choice.config}: {choice.error:.3g}", flush=True)
-            continue
-        g = graph(choice)
-        replay_ms(g)
-        choice.us = replay_ms(g) / copies * 1000
-        if choice.us < 1.3 * fastest:
-            choice.us = min(choice.us, replay_ms(g) / copies * 1000)
-        fastest = min(fastest, choice.us)
-        tried.append(choice)
+
+    def attempt(choices: list[Choice]) -> None:
+        nonlocal fastest
+        for choice in choices:
+            try:
+                good = correct(choice)
+            except RuntimeError as error:
+                print(f"   refused {choice.config}: {error}", flush=True)
+                continue
+            if not good:
+                print(f"   wrong {choice.config}: {choice.error:.3g}", flush=True)
+                continue
+            g = graph(choice)
+            choice.us = replay_ms(g) / copies * 1000
+            if choice.us < 1.3 * fastest:
+                choice.us = min(choice.us, replay_ms(g) / copies * 1000)
+            fastest = min(fastest, choice.us)
+            tried.append(choice)
+
+    attempt(candidates(product, args.depth, pool))
+    tried.sort(key=lambda choice: choice.us)
+    attempt(in_splits(product, tried[:8]))
+    print(f"   {len(tried)} algorithms", end="")
     tried.sort(key=lambda choice: choice.us)
     first = [choice for choice in tried if choice.rank == 0]
     final = fixed + list({id(c): c for c in tried[:4] + first}.values())
@@ -373,9 +413,11 @@ def names_of(runs: list[tuple[str, Callable[[], object]]]) -> dict[str, str]:
         torch.cuda.synchronize()
     names: list[list[str]] = []
     for event in sorted(profile.events(), key=lambda event: event.time_range.start):
+        if event.device_type != DeviceType.CUDA:
+            continue
         if "elementwise" in event.name:
             names.append([])
-        elif names and "ynchronize" not in event.name:
+        elif names:
             names[-1].append(event.name[:100])
     return {key: " + ".join(kernels) for (key, _), kernels in zip(runs, names, strict=False)}
 
@@ -387,6 +429,7 @@ def main() -> None:
         "--budget", type=float, default=50, help="seconds; what is late is left out"
     )
     parser.add_argument("--depth", type=int, default=32, help="algorithms asked for")
+    parser.add_argument("--pool", action="store_true", help="each algorithm for each product")
     parser.add_argument("--rotate-mib", type=int, default=400)
     parser.add_argument("--gib", type=float, default=6)
     parser.add_argument("--models", nargs="+", default=list(SHAPES))
@@ -412,12 +455,20 @@ def main() -> None:
         flush=True,
     )
     record: list[dict[str, object]] = []
+    pool: Pool = {}
+    if args.pool:
+        for model in args.models:
+            for rows in args.rows or ROWS[model]:
+                for out, inner in SHAPES[model].values():
+                    product = Product(lt, rows, out, inner)
+                    for config, (result, rank) in listed(product, args.depth).items():
+                        pool.setdefault(config, (result, rank))
+        print(f"{len(pool)} algorithms, {time.monotonic() - began:.1f} s", flush=True)
     order = sorted(
         (
             (rank, model, rows)
             for model in args.models
-            for rank, rows in enumerate(ROWS[model])
-            if args.rows is None or rows in args.rows
+            for rank, rows in enumerate(args.rows or ROWS[model])
         ),
         key=lambda item: item[0],
     )
@@ -430,7 +481,7 @@ def main() -> None:
         for name, (out, inner) in SHAPES[model].items():
             if name == "lm_head" and rows > 1024:
                 continue
-            choices = measure(lt, memory, rows, out, inner, args, name == "gate_up")
+            choices = measure(lt, memory, rows, out, inner, args, name == "gate_up", pool)
             moved, flops = 2 * (out * inner + rows * (out + inner)), 2 * rows * out * inner
             floor = max(moved / BYTES_PER_S, flops / FLOPS) * 1e6
             base = choices[0].us
