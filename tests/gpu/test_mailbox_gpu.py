@@ -64,6 +64,11 @@ def exchanges(rank: int, key: str) -> None:
             for scale in (1, 8, 64):
                 check_exchange(exchange, seed, True, exchange.mailbox._inbox.device, scale)
         say(rank, f"from number {number}: right")
+    large = new_exchange(rank, f"{key}-large", limit=1 << 24)
+    for seed in range(3):
+        # Up to 9 MB a message, so that a block has many lines one after the other.
+        check_exchange(large, seed, True, large.mailbox._inbox.device, 40_000)
+    say(rank, "large messages: right")
     assert ops.describe_errors(ops.device_errors("cuda").tolist()) is None
 
 
