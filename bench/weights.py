@@ -3,15 +3,17 @@
     torchrun --nproc-per-node 4 bench/weights.py rates linears beside own ablations [--json FILE]
 
 ``rates``: GB/s that every rank pulls from its peers at once, by kind of matrix (o and down are 2-D
-copies), with nothing beside it. ``beside``: the pull without a pause and GEMMs that do not wait for
-it, and what each costs the other. ``linears``: all linears of one step, streamed against resident
-(four layers that are used in turn: a whole copy does not fit beside the shard). ``own``: the same
-with the rank's own shard copied into the ring or multiplied where it lies. ``ablations``: the same
-streamed steps with other rings, streams, layouts, a common start, and ranks out of step.
-Any number of GPUs; without one it runs on the CPU, with ``--shape tiny``.
+copies), with nothing beside it. ``beside``: the pull without a pause and GEMMs that do not wait
+for it, and what each costs the other. ``kernels``: the same for one kernel without end: GEMMs of
+few and many rows, a copy and a read in memory. ``linears``: all linears of one step, streamed
+against resident (four layers that are used in turn: a whole copy does not fit beside the shard).
+``own``: the same with the rank's own shard copied into the ring or multiplied where it lies.
+``ablations``: the same streamed steps with other rings, streams, layouts, a common start, and
+ranks out of step. Any number of GPUs; without one it runs on the CPU, with ``--shape tiny``.
 """
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -32,7 +34,7 @@ from torch_pd.weights.pool import WeightPool
 from torch_pd.weights.ring import Ring, RingItem, default_ring_bytes, item_copies, plan_ring
 from torch_pd.weights.source import Matrix
 
-WHAT = ("rates", "linears", "beside", "own", "ablations", "layouts")
+WHAT = ("rates", "linears", "beside", "kernels", "own", "ablations", "layouts")
 HALVED = ("none", "rows", "all")
 COPIES = 4
 """Whole layers kept for the resident steps."""
@@ -250,6 +252,49 @@ def beside(shards: Shards, rows: Sequence[int]) -> None:
     pull.puller.close()
 
 
+def kernels(shards: Shards) -> None:
+    """One kernel over and over on a side stream while all ranks pull a whole step's matrices."""
+    group, ring = shards.group, shards.ring()
+    side = torch.cuda.Stream()
+    weight = torch.empty(51200, 5120, dtype=torch.bfloat16, device=group.device).normal_(0, 0.01)
+    source = torch.zeros(1 << 30, dtype=torch.uint8, device=group.device)
+    target, words = torch.empty_like(source), source.view(torch.int32)
+    calls: dict[str, Callable[[], Any]] = {
+        "copy 1 GiB": lambda: target.copy_(source),
+        "read 1 GiB": lambda: words.amax(),
+    }
+    for rows in (1, 16, 96, 256, 512, 1024, 4096):
+        x = torch.randn(rows, 5120, device=group.device).bfloat16()
+        y = x.new_empty(rows, 51200)
+        calls[f"GEMM, {rows} rows"] = lambda x=x, y=y: torch.mm(x, weight.t(), out=y)
+    ring.run_through()
+    seconds = group.seconds(ring.run_through, 2)
+    group.show(what="kernels", beside="nothing", gb_s=ring.pulled_bytes / seconds / 1e9)
+    for name, call in calls.items():
+        alone = group.seconds(call, 20) * 1e3
+        count = int(2.6 * seconds * 1e3 / alone) + 4
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        group.settle()
+        with torch.cuda.stream(side):
+            events[0].record()
+            for event in events[1:]:
+                call()
+                event.record()
+        start.record()
+        ring.run_through()
+        end.record()
+        torch.cuda.synchronize()
+        ms = start.elapsed_time(end)
+        ends = [start.elapsed_time(event) for event in events]
+        inside = sorted(b - a for a, b in itertools.pairwise(ends) if a > 0 and b < ms)
+        group.show(
+            what="kernels", beside=name, alone_ms=alone, beside_ms=inside[len(inside) // 2],
+            gb_s=ring.pulled_bytes / ms / 1e6,
+        )  # fmt: skip
+    ring.close()
+
+
 def own(shards: Shards, rows: Sequence[int]) -> None:
     """The own shard copied or in place; and what the smaller GEMMs cost by themselves."""
     group, dims = shards.group, shards.dims
@@ -352,6 +397,8 @@ def main() -> None:
                 rates(shards)
             if "beside" in args.what:
                 beside(shards, args.rows)
+            if "kernels" in args.what:
+                kernels(shards)
             if "own" in args.what:
                 own(shards, args.rows)
             if "linears" in args.what:
