@@ -202,6 +202,19 @@ def test_half_precision(name, dtype):
     assert error(got, want) < 1.5 * theirs + 0.01
 
 
+def test_logits_in_float32_of_a_model_in_bfloat16():
+    model = models.build("mixtral", torch.bfloat16)
+    head = type(model.lm_head)
+
+    class Upcasting(head):
+        def forward(self, x):
+            return super().forward(x).float()
+
+    model.lm_head.__class__ = Upcasting
+    assert model(make_prompts()[0][None]).logits.dtype == torch.float32
+    patch_model(model)
+
+
 def test_merged_projections_are_stored_once():
     model = patch_model(models.build("llama"))
     attention = model.model.layers[0].self_attn

@@ -24,6 +24,7 @@ from torch_pd.nn.probe import (
     Probe,
     ProbedLayer,
     Undo,
+    allowed,
     batch_of,
     probe_model,
     put,
@@ -364,8 +365,7 @@ def _check_logits(model: PreTrainedModel, probe: Probe) -> None:
         ]
         off = (got.float() - want[rows].float()).abs().amax(1) / want.float().abs().max()
         # The median: in low precision a token may be sent to another expert.
-        allowed = 1e-3 if want.dtype == torch.float32 else 0.1
-        if not bool(off.median() <= allowed):
+        if not bool(off.median() <= allowed(model)):
             raise refuse(
                 model,
                 f"over KV pages its logits are off by {off.median():.1e} of the largest; it "
