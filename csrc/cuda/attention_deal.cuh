@@ -35,14 +35,13 @@ struct DecodeTraits : TileTraits<T, D, STORED> {
   static constexpr int kSumBytes = 16 * kSumPitch * 4;
   static constexpr int kStageBytes = kLoadBytes > kSumBytes ? kLoadBytes : kSumBytes;
   static constexpr int kWarps = 4;
-  // On a multiprocessor at once. Bytes are computed on for longer than 16-bit values: more warps.
-  static constexpr int kBlocks = D > 128 ? 1 : STORED ? 3 : 2;
+  static constexpr int kBlocks = D > 128 ? 1 : 2;  // on a multiprocessor at once
   static constexpr int kFit = 224 * 1024 / (kBlocks * kWarps * kStageBytes);
   static constexpr int kStages = kFit < 6 ? kFit : 6;
   static constexpr int kRingBytes = kStages * kStageBytes;  // of a warp
   static constexpr int kShared = kWarps * kRingBytes;
   static constexpr int kLeastSteps = kWarps;  // of a slice: one a warp
-  static_assert(kStages >= 2);
+  static_assert(kStages >= 3);
 };
 
 // How `steps` are dealt out: to as many slices as fit, of equal length.

@@ -62,10 +62,15 @@ __device__ __forceinline__ int8_t from_float<int8_t>(float x) {
   return static_cast<int8_t>(max(-127, min(127, __float2int_rn(x))));  // NaN becomes 0
 }
 
-// N elements that move as one access of up to 16 bytes (two for 32).
-template <typename T, int N>
+// N elements that move as one access of up to 16 bytes (two for 32). Bytes are held as words: the
+// compiler would take each load apart and wait for it before the next one.
+template <typename T, int N, bool WORDS = sizeof(T) == 1 && N % 4 == 0>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vec {
   T at[N];
+};
+template <typename T, int N>
+struct alignas(N < 16 ? N : 16) Vec<T, N, true> {
+  uint32_t words[N / 4];
 };
 
 template <int N, typename T>
@@ -82,7 +87,16 @@ __device__ __forceinline__ void store_vec(T* to, const Vec<T, N>& value) {
 template <typename T, int N>
 __device__ __forceinline__ Vec<T, N> narrow(const float (&x)[N]) {
   Vec<T, N> out;
-  if constexpr (std::is_same_v<T, Float8> && N % 4 == 0) {
+  if constexpr (std::is_same_v<T, int8_t> && N % 4 == 0) {
+#pragma unroll
+    for (int e = 0; e < N; e += 4) {
+      uint32_t q[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) q[i] = static_cast<uint8_t>(from_float<int8_t>(x[e + i]));
+      out.words[e / 4] =
+          __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
+    }
+  } else if constexpr (std::is_same_v<T, Float8> && N % 4 == 0) {
 #pragma unroll
     for (int e = 0; e < N; e += 4) {
       // Adding half a step of float8 to float16's bits rounds them; a carry goes into the exponent.
@@ -92,7 +106,7 @@ __device__ __forceinline__ Vec<T, N> narrow(const float (&x)[N]) {
         const uint32_t h = ptx::cut_to_halves(x[e + 2 * i], x[e + 2 * i + 1]) + 0x00200020u;
         pair[i] = (h & 0x80008000u) | (h << 2 & 0x7f007f00u);
       }
-      *reinterpret_cast<uint32_t*>(&out.at[e]) = __byte_perm(pair[0], pair[1], 0x7531);
+      out.words[e / 4] = __byte_perm(pair[0], pair[1], 0x7531);
     }
   } else if constexpr (sizeof(T) != 2 || N % 2 != 0) {
 #pragma unroll
@@ -116,7 +130,7 @@ __device__ __forceinline__ void widen(const Vec<T, N>& in, float (&x)[N]) {
   if constexpr (sizeof(T) == 1 && N % 4 == 0) {
 #pragma unroll
     for (int e = 0; e < N; e += 4) {
-      const uint32_t word = *reinterpret_cast<const uint32_t*>(&in.at[e]);
+      const uint32_t word = in.words[e / 4];
       const ptx::Halves halves =
           std::is_same_v<T, Float8> ? ptx::float8_to_halves(word) : ptx::int8_to_halves(word);
       const float2 even = __half22float2(reinterpret_cast<const __half2&>(halves.even));
