@@ -336,6 +336,14 @@ def test_chat(llm):
     assert tokens_of(two) == tokens_of([one, one])
     with pytest.raises(ValueError, match="conversation 0: the chat template cannot take it"):
         llm.chat([{"role": "user"}], GREEDY, use_tqdm=False)
+    with pytest.raises(ValueError, match="conversation 1: the chat template cannot take it"):
+        llm.chat([message, [{"role": "user", "content": None}]], GREEDY, use_tqdm=False)
+    for messages in ([message, []], [5], [message, "hi"]):
+        with pytest.raises(ValueError, match="give a list of at least one message, got"):
+            llm.chat(messages, GREEDY, use_tqdm=False)
+    for messages in ("hi", {"role": "user", "content": "hi"}):
+        with pytest.raises(TypeError, match="messages must be a list"):
+            llm.chat(messages, GREEDY, use_tqdm=False)
 
 
 def test_a_module_is_patched_and_restored(tiny):

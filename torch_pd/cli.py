@@ -127,8 +127,11 @@ def _generate(args: argparse.Namespace) -> None:
     if args.prompt_file:
         path = Path(args.prompt_file)
         if not path.is_file():
-            raise ValueError(f"--prompt-file {str(path)!r} does not exist")
-        prompts += [line for line in path.read_text().splitlines() if line.strip()]
+            raise ValueError(f"--prompt-file {str(path)!r} is not a file")
+        try:
+            prompts += [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompt-file {str(path)!r} is not UTF-8 text: {error}") from None
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT (may be repeated) or --prompt-file FILE")
     params = _sampling_params(args)

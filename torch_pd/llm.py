@@ -210,6 +210,11 @@ class LLM:
             raise ValueError("chat needs a tokenizer: give tokenizer=..., or a folder with one")
         if chat_template is None and self.tokenizer.chat_template is None:
             raise ValueError("the tokenizer has no chat template: give chat_template=...")
+        if not isinstance(messages, (list, tuple)):
+            raise TypeError(
+                "messages must be a list of messages, or of conversations, got "
+                f"{type(messages).__name__}"
+            )
         if not messages:
             raise ValueError("messages is empty")
         from jinja2 import TemplateError  # what transformers renders templates with
@@ -217,6 +222,10 @@ class LLM:
         conversations = [messages] if isinstance(messages[0], dict) else messages
         prompts = []
         for i, conversation in enumerate(conversations):
+            if not isinstance(conversation, (list, tuple)) or not conversation:
+                raise ValueError(
+                    f"conversation {i}: give a list of at least one message, got {conversation!r}"
+                )
             for message in conversation:
                 if not isinstance(message, dict) or "role" not in message:
                     raise ValueError(
@@ -230,7 +239,7 @@ class LLM:
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,
                 )
-            except TemplateError as error:
+            except (TemplateError, TypeError) as error:
                 raise ValueError(
                     f"conversation {i}: the chat template cannot take it: {error}"
                 ) from error
