@@ -17,8 +17,8 @@ from test_launch import gone
 from torch_pd import LLM, SamplingParams, launch
 from torch_pd.board import GroupError
 from torch_pd.config import EngineConfig
-from torch_pd.engine import group
-from torch_pd.engine.group import _compare, _Inbox
+from torch_pd.engine import spawned
+from torch_pd.engine.joined import _compare, _Inbox
 from torch_pd.engine.work import LOOK_AHEAD
 from torch_pd.launch import Ranks
 
@@ -161,14 +161,14 @@ def test_four_ranks_with_shared_weights_and_a_death_while_shutting_down(tiny, ex
 
 
 def test_ctrl_c_while_a_rank_is_stopped(monkeypatch, caplog):
-    monkeypatch.setattr(group, "_ABORT_S", 0.3)
+    monkeypatch.setattr(spawned, "_ABORT_S", 0.3)
     monkeypatch.setattr(launch, "STOPPED_S", 0.1)
     monkeypatch.setattr(
-        group,
+        spawned,
         "Ranks",
         lambda target, args: Ranks("launch_targets:absent_minded", [(rank,) for rank in range(2)]),
     )
-    ranks = group.Spawned(Path("none"), None, EngineConfig(data_parallel_size=2), "cpu")
+    ranks = spawned.Spawned(Path("none"), None, EngineConfig(data_parallel_size=2), "cpu")
     pids = ranks.pids
     os.kill(pids[1], signal.SIGSTOP)
 
@@ -200,7 +200,7 @@ def test_a_rank_that_fails_while_the_other_waits_for_it(tiny, monkeypatch, fault
         started.append(Ranks("launch_targets:faulty", [(*each, fault) for each in args]))
         return started[0]
 
-    monkeypatch.setattr(group, "Ranks", ranks)
+    monkeypatch.setattr(spawned, "Ranks", ranks)
     with pytest.raises(GroupError, match=f"rank 1 failed {during}: RuntimeError: out of") as info:
         LLM(tiny, data_parallel_size=2, **POOLED, **SIZES).generate(PROMPTS, use_tqdm=False)
     at = float(re.search(r"out of order at ([\d.]+)", str(info.value))[1])

@@ -59,20 +59,19 @@ class LLM:
         alone = not launched_by_torchrun() and self.config.data_parallel_size == 1
         # What follows imports transformers, which takes seconds.
         with warming(device if alone else "cpu"):
-            from torch_pd.engine import group, worker
+            from torch_pd.engine import joined, spawned, worker
+            from torch_pd.engine.group import Single
 
             named, tokenizer = tokenizer, self._find_tokenizer(model, tokenizer)
         self.tokenizer = tokenizer
         if launched_by_torchrun():
-            world = group.join(self.config, "data_parallel_size" in config, device)
+            world = joined.join(self.config, "data_parallel_size" in config, device)
             self.config.check_ranks(world.size)
-            self._runs = group.Joined(model, tokenizer, self.config, device, world)
+            self._runs = joined.Joined(model, tokenizer, self.config, device, world)
             return
         self.config.check_ranks(self.config.data_parallel_size)
         if self.config.data_parallel_size == 1:
-            self._runs = group.Single(
-                worker.make_engine(model, tokenizer, self.config, device, None)
-            )
+            self._runs = Single(worker.make_engine(model, tokenizer, self.config, device, None))
             return
         if not isinstance(model, (str, Path)):
             raise ValueError(
@@ -85,7 +84,7 @@ class LLM:
             tokenizer = path
         elif isinstance(named, (str, Path)):
             tokenizer = Path(named)
-        self._runs = group.Spawned(path, tokenizer, self.config, device)
+        self._runs = spawned.Spawned(path, tokenizer, self.config, device)
 
     @staticmethod
     def _find_tokenizer(model: Any, tokenizer: Any) -> "PreTrainedTokenizerBase | None":

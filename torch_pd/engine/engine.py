@@ -18,46 +18,28 @@ from torch_pd.engine.detokenizer import Detokenizer
 from torch_pd.engine.device import device_lost, keep_forever
 from torch_pd.engine.draw import derive_seed
 from torch_pd.engine.inflight import InFlight, Output, Request
-from torch_pd.engine.lender import lend_or_borrow
 from torch_pd.engine.limits import Limits
 from torch_pd.engine.lockstep import Lockstep
-from torch_pd.engine.memory import foresee
 from torch_pd.engine.prompt_rows import PromptRows, find_rows
 from torch_pd.engine.report import Report, memory_line, memory_table
+from torch_pd.engine.room import find_room
 from torch_pd.engine.runner import NONE, Runner
 from torch_pd.engine.sampler import Sampler
 from torch_pd.engine.sampling_row import SamplingRow, bad_logits
 from torch_pd.engine.scheduler import Plan, Scheduler
 from torch_pd.engine.sequence import Sequence, Status
-from torch_pd.engine.stage import Stage
 from torch_pd.engine.streaming import Streaming
 from torch_pd.engine.tickets import Ticket
 from torch_pd.engine.trial import PROMPT_LOGPROB_TOKENS
-from torch_pd.kv.disk import free_space
-from torch_pd.kv.host import available_memory
-from torch_pd.kv.lease import Lease
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.nn.patch import (
     device_of,
     is_patched,
-    kv_shape,
-    max_length,
     new_pool,
     patch_model,
     unpatch_model,
 )
 from torch_pd.request import Logprob, RequestOutput, SamplingParams
-from torch_pd.sizing import (
-    GIB,
-    KVShape,
-    Ledger,
-    cpu_kv_bytes,
-    fit_model_len,
-    lent_pages,
-    most_pages,
-    pages_of_budget,
-    tier_pages,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,14 +87,12 @@ class Engine:
     ):
         self.config = config
         self.world = world
-        self._ranks = 1 if world is None else world.size
-        ranks = range(self._ranks)
+        ranks = range(1 if world is None else world.size)
         self.serving = [config.data_ranks is None or rank in config.data_ranks for rank in ranks]
         """Of each rank, whether it holds KV pages and so runs requests."""
         self.serves = self.serving[0 if world is None else world.rank]
         self.lockstep = lockstep
         self.streaming = streaming
-        self.lease: Lease | None = None
         self.group_idle = True
         """In lockstep: no rank had a request when they last voted."""
         self.tokenizer = tokenizer
@@ -132,72 +112,21 @@ class Engine:
     def _set_up(self, model: "PreTrainedModel") -> None:
         config = self.config
         device = device_of(model)
-        shape = kv_shape(model, config.block_size, config.kv_cache_dtype)
-        limit = max_length(model)
-        model_max = limit.length if limit is not None else 1 << 30
-        own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-        if limit is not None and limit.length < own and config.max_model_len is None:
-            logger.warning("max_model_len is at most %d: %s", limit.length, limit.reason)
-        self.ledger: Ledger | None = None
-        if device.type == "cuda":
-            longest = -(-min(model_max, config.max_model_len or model_max) // config.block_size)
-            self.ledger = foresee(model, config, longest, device, *self._stepping())
-        if config.peer_kv_gib:
-            self.lease = self._make_lease(shape)
-        if config.kv_cache_gib is not None:
-            budget, setting = int(config.kv_cache_gib * GIB), f"kv_cache_gib={config.kv_cache_gib}"
-            if self.ledger is not None:
-                self.ledger.check(budget, shape, setting)
-            elif budget > 2 * shape.page_bytes:
-                room = available_memory() // self._ranks
-                tier_pages(
-                    shape.page_bytes, config.kv_cache_gib, room, "kv_cache_gib", "host memory"
-                )
-        elif self.ledger is not None:
-            self.ledger.check(2 * shape.page_bytes, shape)
-            budget, setting = self.ledger.left, "the memory ledger"
-        else:
-            budget, setting = cpu_kv_bytes(available_memory()), "40% of the available memory"
-            budget //= self._ranks
-        if not self.serves:
-            budget, setting = 2 * shape.page_bytes, "a rank without requests"
-        num_pages = pages_of_budget(shape, budget, setting)
-        host_pages, disk_pages = self._tier_pages(shape.page_bytes) if self.serves else (0, 0)
-        peers = [] if self.lease is None else self.lease.pages(shape.page_bytes)
-        under = max(0, host_pages - 1) + sum(map(len, peers))
-        longest = -(-min(model_max, config.max_model_len or model_max) // config.block_size)
-        longest = min(longest, num_pages - 1 + under)
-        if under and longest >= num_pages and config.kv_cache_gib is None:
-            # Prefill gathers what lies on the host (engine/stage.py).
-            plain = kv_shape(model, config.block_size, "auto")
-            stage = Stage.nbytes(plain.page_bytes, plain.num_layers, longest)
-            num_pages = max(2, num_pages - -(-stage // shape.page_bytes))
-        self.max_model_len, remark = fit_model_len(
-            model_max,
-            config.max_model_len,
-            num_pages + under if self.serves else 1 << 40,
-            config.block_size,
-            limit.reason if limit is not None else "",
-        )
-        if self.world is not None:
-            self.max_model_len = min(self.world.all_gather(self.max_model_len))
-        if remark:
-            logger.warning(remark)
-        if config.kv_cache_gib is None:
-            # No more than all rows at full length could ever hold.
-            num_pages = min(
-                num_pages, most_pages(config.max_num_seqs, self.max_model_len, config.block_size)
-            )
-        self.pool = new_pool(model, num_pages, config.block_size, config.kv_cache_dtype)
+        room = find_room(model, config, self.world, self.serving, self._stepping())
+        self.ledger, self.lease = room.ledger, room.lease
+        self.max_model_len = room.max_model_len
+        self.pool = new_pool(model, room.num_pages, config.block_size, config.kv_cache_dtype)
         self.allocator = PageAllocator(
-            num_pages, enable_prefix_caching=config.enable_prefix_caching
+            room.num_pages, enable_prefix_caching=config.enable_prefix_caching
         )
         self.carrier: Carrier | None = None
         costs = None
-        if under:
-            self.carrier = Carrier(self.pool, self.allocator, config, host_pages, disk_pages, peers)
+        if room.under:
+            self.carrier = Carrier(
+                self.pool, self.allocator, config, room.host_pages, room.disk_pages, room.peers
+            )
             num_params = sum(parameter.numel() for parameter in model.parameters())
-            costs = swap_costs(device.type, shape.page_bytes, num_params, not host_pages)
+            costs = swap_costs(device.type, self.pool.page_bytes, num_params, not room.host_pages)
         self.scheduler = Scheduler(
             self.allocator,
             block_size=config.block_size,
@@ -247,32 +176,6 @@ class Engine:
         self._decoded: dict[int, str] = {}
         if self.lease is not None and self.world is not None:
             self.world.all_gather(self.limits)  # for those that only lend
-
-    def _make_lease(self, shape: KVShape) -> Lease:
-        """What this rank lends, or borrows. Collective."""
-        config, world = self.config, self.world
-        assert world is not None
-        borrowers = sum(self.serving)
-        lent_pages(shape.page_bytes, config.peer_kv_gib, world.size - borrowers, borrowers)
-        if self.ledger is None:
-            return lend_or_borrow(config, world)
-        available = self.ledger.left - 2 * shape.page_bytes
-        lease = Lease(config, world, available, self.ledger.describe())
-        if lease.lends:
-            lines = self.ledger.lines | {"lent KV pages": lease.nbytes}
-            self.ledger = dataclasses.replace(self.ledger, lines=lines)
-        return lease
-
-    def _tier_pages(self, page_bytes: int) -> tuple[int, int]:
-        """Pages of the host pool and on disk. ValueError if the machine lacks the room."""
-        config = self.config
-        memory = available_memory() // self._ranks
-        host = tier_pages(page_bytes, config.host_kv_gib, memory, "host_kv_gib", "host memory")
-        disk = 0
-        if config.disk_kv_path is not None:
-            room = free_space(config.disk_kv_path) // self._ranks
-            disk = tier_pages(page_bytes, config.disk_kv_gib, room, "disk_kv_gib", "the disk")
-        return host, disk
 
     def _stepping(self) -> tuple[list[bool], int]:
         """Of the ranks in lockstep, which serve; and the place of this one among them."""

@@ -1,4 +1,4 @@
-"""Worker: what a spawned rank's process does, on the word of the coordinator (engine/group.py)."""
+"""Worker: what a spawned rank does, on the word of the coordinator (engine/spawned.py)."""
 
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
