@@ -72,6 +72,8 @@ def absent_minded(link, rank):
     """Stands in for a worker without a model; rank 1 never leaves a call."""
     if rank == 0:
         link.send(0)  # the port
+    else:
+        link.recv()
     link.send(Phase(Ranks.READY))
     link.send((Few(), "no memory"))
     while (message := link.recv()) != "stop":

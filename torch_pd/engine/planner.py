@@ -177,10 +177,11 @@ def plan_settings(
             f"weight_replicas={settings.weight_replicas} does not divide {gpus} GPUs into pools of "
             "equal size"
         )
-    if settings.param_ranks is not None or settings.data_ranks is not None:
+    apart = settings.data_ranks is not None and not settings.peer_kv_gib
+    if apart or settings.param_ranks is not None:
         raise ValueError(
-            "the planner knows groups in which every rank holds weights and pages: plan without "
-            "param_ranks and data_ranks"
+            "the planner knows groups in which every rank holds weights and pages, and lenders: "
+            "plan without param_ranks and data_ranks, or without the former and with peer_kv_gib"
         )
     if isinstance(model, ModelShape):
         name, shape = "model", model
@@ -230,7 +231,7 @@ def _borrowed_bytes(settings: EngineConfig, gpus: int) -> int:
 
 
 def _check_lenders(settings: EngineConfig, gpus: int, budget: int) -> int:
-    """GPUs that only lend memory; those of ``param_ranks`` lend beside their weights.
+    """GPUs that only lend memory.
 
     Raises:
         ValueError: there is no lender, or it lacks the memory.
@@ -245,7 +246,7 @@ def _check_lenders(settings: EngineConfig, gpus: int, budget: int) -> int:
             f"context {CONTEXT_BYTES / GIB:.2f} = {(budget - CONTEXT_BYTES) / GIB:.2f} GiB: lower "
             "peer_kv_gib"
         )
-    return 0 if settings.param_ranks else gpus - len(settings.data_ranks)
+    return gpus - len(settings.data_ranks)
 
 
 def _choose(plans: dict[str, ModePlan], fitting: dict[str, ModePlan]) -> tuple[str, str]:
