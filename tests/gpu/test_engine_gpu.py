@@ -151,7 +151,7 @@ def test_bfloat16_logits_are_float32_ones_but_for_rounding(name):
         parts = []
         middle = [length // 2 for length in LENGTHS]
         for starts, ends in (([0] * len(LENGTHS), middle), (middle, LENGTHS)):
-            ids, positions = tokens(model, starts, ends)
+            ids, positions = tokens(model, starts, ends, [0] * len(LENGTHS))
             batch = batch_of(starts, ends, pool.device)
             parts.append(forward_packed(model, pool, batch, ids, positions, None).float().cpu())
         return torch.cat(parts)
