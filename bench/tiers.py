@@ -162,7 +162,7 @@ def equal_share(a: list[list[int]], b: list[list[int]]) -> str:
     return f"{same} of {len(a)} outputs equal"
 
 
-def bench_swap(bench: Bench, count: int, prompt: int, out: int) -> None:
+def bench_swap(bench: Bench, folder: str, count: int, prompt: int, out: int) -> None:
     """Work whose pages come to four times the pool."""
     count, out = count // bench.divide, out // bench.divide
     rng = random.Random(0)
@@ -177,7 +177,13 @@ def bench_swap(bench: Bench, count: int, prompt: int, out: int) -> None:
     swapped, _ = bench.run(
         "quarter, swap", prompts, params, kv_cache_gib=quarter, host_kv_gib=full, **base
     )
-    print(f"  recompute: {equal_share(unlimited, again)}; swap: {equal_share(unlimited, swapped)}")
+    disk = {"host_kv_gib": quarter / 2, "disk_kv_gib": full, "disk_kv_path": folder}
+    base["enable_prefix_caching"] = True  # which the disk needs; no two prompts begin alike
+    deeper, _ = bench.run(
+        "quarter, swap on to disk", prompts, params, kv_cache_gib=quarter, **disk, **base
+    )
+    for name, tokens in (("recompute", again), ("swap", swapped), ("with a disk", deeper)):
+        print(f"  {name}: {equal_share(unlimited, tokens)}")
 
 
 def bench_prefix(bench: Bench, folder: str, questions: int, lines: list[str]) -> None:
@@ -256,9 +262,9 @@ def main() -> None:
     bench = Bench(shape, args.layers, divide, results)
     for part in args.only.split(","):
         if part == "swap":
-            bench_swap(bench, 96, 256, 384)
+            bench_swap(bench, args.folder, 96, 256, 384)
         elif part == "swap1k":
-            bench_swap(bench, 64, 1024, 256)
+            bench_swap(bench, args.folder, 64, 1024, 256)
         elif part == "prefix":
             bench_prefix(bench, args.folder, args.questions, args.prefix.split(","))
         elif part == "long":
