@@ -219,6 +219,13 @@ def test_errors():
         model(torch.full((2, 4), 10**6), past_key_values=cache)
     assert cache.get_seq_length() == 4
     assert cache.lengths == [4, 4]
+    gapped = torch.ones(2, 12)
+    gapped[1, 4:6] = 0
+    windowed = patch_model(models.build("mistral"))
+    with pytest.raises(ValueError, match=r"2 columns of padding .* of row 1.* window of 9"):
+        windowed(torch.full((2, 12), 5), attention_mask=gapped)
+    windowed(torch.full((2, 9), 5), attention_mask=gapped[:, :9])
+    model(torch.full((2, 12), 5), attention_mask=gapped)
     with pytest.raises(ValueError, match="encoder_hidden_states"):
         patch_model(models.build("gpt2"))(ids, encoder_hidden_states=torch.zeros(2, 4, 48))
     model.train()

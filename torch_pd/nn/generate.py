@@ -100,6 +100,8 @@ def forward(model: PreTrainedModel, *args, **kwargs) -> Any:
 
     batch, counted = cache.extend(columns)
     try:
+        if state.window:
+            _check_holes(state.window, cache.columns)
         real = columns.flatten().nonzero()[:, 0]
         rows = torch.full((num_rows, length), -1)
         rows.view(-1)[real] = torch.arange(len(real))
@@ -228,6 +230,24 @@ def _columns(mask: Any, cache: PagedCache, num_rows: int, length: int) -> Tensor
             "with; padding takes no place in pages, so it cannot change later"
         )
     return mask[:, seen:]
+
+
+def _check_holes(window: int, columns: Tensor) -> None:
+    """ValueError for padding between the tokens of a sequence longer than a sliding window:
+    transformers' windows are of columns, those over pages are of tokens."""
+    if bool(columns.all()):
+        return
+    count, length = columns.sum(1), columns.shape[1]
+    real = columns.int()
+    span = length - real.argmax(1) - real.flip(1).argmax(1)
+    holes = ((count > 0) & (span != count) & (span > window)).nonzero()[:, 0]
+    if len(holes):
+        row = int(holes[0])
+        raise ValueError(
+            f"attention_mask has {int(span[row] - count[row])} columns of padding between the "
+            f"tokens of row {row}, over which a sliding window of {window} tokens cannot be laid "
+            "as transformers lays it: pad in front of the tokens or behind them"
+        )
 
 
 def _check_positions(positions: Tensor, num_rows: int, length: int) -> Tensor:

@@ -65,6 +65,8 @@ class PatchState:
     """Of that forward, without self."""
     limit: Limit | None = None
     """Of sequences, below the model's own maximum."""
+    window: int = 0
+    """The smallest sliding window of any layer, 0 if there is none."""
     flow: block.Flow = field(default_factory=block.Flow)
     paths: list[ModulePath] = field(default_factory=list)
     undo: list[Undo] = field(default_factory=list)
@@ -127,6 +129,7 @@ def patch_model(
             forward=_unbound_forward(model),
             signature=inspect.signature(model.forward),
             limit=probe.limit,
+            window=min((w for w in (layer.call.window for layer in probe.layers) if w), default=0),
             undo=undo,
         )
         _patch_layers(model, state, probe)
