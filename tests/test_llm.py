@@ -504,6 +504,18 @@ def test_nan_logits_are_an_error_and_the_engine_goes_on(tiny):
         assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == expected
 
 
+def test_odd_eos_tokens(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model.generation_config.eos_token_id = [2, -1, 60000]  # as of a tokenizer with more tokens
+    params = SamplingParams(temperature=0.0, max_tokens=3, min_tokens=2)
+    with LLM(model, kv_cache_gib=0.01) as llm:
+        assert llm.engine.eos_token_ids == (2,)
+        assert len(llm.generate([[5, 6]], params, use_tqdm=False)[0].outputs[0].token_ids) >= 2
+    model.generation_config.eos_token_id = "</s>"
+    with pytest.raises(ValueError, match=r"eos_token_id of GenerationConfig .*'</s>'"):
+        LLM(model, kv_cache_gib=0.01)
+
+
 def test_after_shutdown(tiny):
     llm = LLM(tiny, kv_cache_gib=0.01)
     llm.shutdown()

@@ -191,9 +191,10 @@ def test_damaged_folders(save, tmp_path):
     file.unlink()
     with pytest.raises(ValueError, match=f"{file.name}' is named in .*index.json but missing"):
         load(path)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weights": 1}))
-    with pytest.raises(ValueError, match="no index of safetensors"):
-        load(path)
+    for index in ({"weights": 1}, [], {"weight_map": {"a": 3}}):
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="no index of safetensors"):
+            load(path)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +203,9 @@ def test_damaged_folders(save, tmp_path):
         ("config.json", "{", "config.json' cannot be read as a model config"),
         ("config.json", "[1]", "config.json' cannot be read as a model config"),
         ("config.json", {"dtype": "float99"}, "config.json' cannot be read as a model config"),
+        ("config.json", {"num_key_value_heads": 0}, "cannot build 'llama'.*ZeroDivisionError"),
+        ("config.json", {"pad_token_id": 10**6}, "cannot build 'llama'.*AssertionError"),
+        ("generation_config.json", "[]", "generation_config.json' cannot be read"),
         ("config.json", {"num_attention_heads": 5}, "not a multiple of the number of attention"),
         ("config.json", {"hidden_act": "nonesuch"}, "cannot build 'llama' .*KeyError: 'nonesuch'"),
         ("config.json", {"dtype": 5}, "cannot build 'llama' from its config.json"),

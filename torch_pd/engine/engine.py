@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence as ListLike
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
-from torch_pd.config import EngineConfig
+from torch_pd.config import EngineConfig, as_int
 from torch_pd.dist import World
 from torch_pd.engine.carrier import Carrier, swap_costs
 from torch_pd.engine.detokenizer import Detokenizer
@@ -141,7 +140,7 @@ class Engine:
             self._kv_tokens = min(
                 self.world.all_gather(self._kv_tokens if self.serves else 1 << 60)
             )
-        self.eos_token_ids = _eos_token_ids(model, self.tokenizer)
+        self.eos_token_ids = _eos_token_ids(model, self.tokenizer, self.vocab_size)
         self.sampler = Sampler(self.vocab_size, self.eos_token_ids)
         self.runner = Runner(
             model,
@@ -485,11 +484,22 @@ class Engine:
             torch.cuda.empty_cache()
 
 
-def _eos_token_ids(model: "PreTrainedModel", tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a text: of the generation config, the model config and the tokenizer."""
+def _eos_token_ids(model: "PreTrainedModel", tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """Tokens that end a text: of the generation config, the model config and the tokenizer. Those
+    past the vocabulary (a tokenizer may have more) are left out, since none is ever chosen.
+
+    Raises:
+        ValueError: an eos_token_id is neither an int nor a list of them.
+    """
     found: list[int] = []
     for source in (model.generation_config, model.config.get_text_config(), tokenizer):
         ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            found += ids if isinstance(ids, ListLike) else [ids]
-    return tuple(dict.fromkeys(found))
+        listed = ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
+        try:
+            found += [as_int("eos_token_id", token) for token in listed]
+        except TypeError:
+            raise ValueError(
+                f"eos_token_id of {type(source).__name__} must be an int or a list of ints, got "
+                f"{ids!r}"
+            ) from None
+    return tuple(token for token in dict.fromkeys(found) if 0 <= token < vocab_size)

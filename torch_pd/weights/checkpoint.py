@@ -72,10 +72,7 @@ def weight_files(path: Path) -> list[Path]:
     """
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{str(index)!r} is no index of safetensors: {error!r}") from error
+        names = _indexed_files(index)
     elif (path / "model.safetensors").is_file():
         names = ["model.safetensors"]
     else:
@@ -87,8 +84,20 @@ def weight_files(path: Path) -> list[Path]:
         )
     for name in names:
         if not (path / name).is_file():
-            raise ValueError(f"{str(path / name)!r} is named in {index.name} but missing")
+            why = f"is named in {index.name} but missing" if index.is_file() else "is no file"
+            raise ValueError(f"{str(path / name)!r} {why}")
     return [path / name for name in names]
+
+
+def _indexed_files(index: Path) -> list[str]:
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(index)!r} is no index of safetensors: {error!r}") from error
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise ValueError(f"{str(index)!r} is no index of safetensors: {wrong[0]!r} is no file name")
+    return sorted(names)
 
 
 class Checkpoint:

@@ -73,11 +73,14 @@ def read_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the checks of transformers raise what they like
         raise ValueError(
             f"{str(path / 'config.json')!r} cannot be read as a model config: {error}"
         ) from error
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = "eager"  # pages take its place, so it need not be installed
+    return config
 
 
 def _load_kwargs(path: Path, load_format: str) -> dict[str, Any]:
@@ -280,7 +283,7 @@ def read_generation_config(model: "PreTrainedModel", path: Path) -> None:
     if (path / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as read_config
             raise ValueError(
                 f"{str(path / 'generation_config.json')!r} cannot be read: {error}"
             ) from error
@@ -291,10 +294,13 @@ def _load_by_transformers(
 ) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
+    kwargs = _load_kwargs(path, load_format)
+    if load_format != "gguf":
+        kwargs["config"] = read_config(path)
     try:
         with _quiet():
             result: Any = AutoModelForCausalLM.from_pretrained(
-                **_load_kwargs(path, load_format),
+                **kwargs,
                 dtype=dtype,
                 device_map=device,
                 local_files_only=True,
