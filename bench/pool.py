@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 4 bench/pool.py linears [--rows 16 64 256 512] [--json FILE]
     torchrun --nproc-per-node 4 bench/pool.py exchanges [--mailbox 0 1048576]
     torchrun --nproc-per-node 4 bench/pool.py step --layers 16 [--context 512]
+    torchrun --nproc-per-node 2 bench/pool.py step --param-ranks 0 --halves --layers 16
     python bench/pool.py generate --ranks 4 [--prompts 2048 --input 128 --output 512]
     torchrun --nproc-per-node 4 bench/pool.py profile [--prompts 2048 --layers 16]
 
@@ -10,14 +11,16 @@
 rank with the same number of rows: the exchanges with the other ranks and the parts of the linears,
 replayed as one CUDA graph. ``exchanges``: the four exchanges alone. ``--mailbox``: bytes of the
 largest message that goes by mapped memory, one after the other; 0 is NCCL alone. ``step``: a whole
-decoding step of a model but for the draw, all sequences of ``--context`` tokens. ``generate``: the
-LLM with random weights and prompts, lengths uniform within 50% of the mean; the ranks are spawned,
-or are torchrun's. ``profile``: the same, and what the kernels of the last decoding steps take on
-rank 0. Without GPUs all else runs on the CPU over gloo; give a small ``--shape``.
+decoding step of a model but for the draw, all sequences of ``--context`` tokens; with
+``--param-ranks`` and ``--halves`` for roles apart, and in half-batches. ``generate``: the LLM with
+random weights and prompts, lengths uniform within 50% of the mean; the ranks are spawned, or are
+torchrun's. ``profile``: the same, and what the kernels of the last decoding steps take on rank 0.
+Without GPUs all else runs on the CPU over gloo; give a small ``--shape``.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -37,6 +40,7 @@ from torch_pd import LLM, SamplingParams
 from torch_pd.config import EngineConfig
 from torch_pd.context import Batch, GroupBatch
 from torch_pd.nn.attention import Pass
+from torch_pd.nn.halves import halve
 from torch_pd.nn.patch import forward_packed, new_pool, patch_state
 from torch_pd.nn.pooled import PooledAttention, PooledMLP, Shared, new_logits, pool_model
 from torch_pd.nn.pooled_model import load_pooled
@@ -192,40 +196,54 @@ def exchanges(
 def steps(
     args: argparse.Namespace, exchange: Exchange, timer: Timer, rows: list[int], boxes: Boxes
 ) -> list[dict]:
-    config = EngineConfig(load_format="dummy", weights="pooled")
-    folder = folder_of(args.shape, args.layers, args.max_len)
-    device = timer.device
-    model, weights = load_pooled(folder, config, exchange.rank, exchange.size, device)
+    apart, device, size = args.param_ranks is not None, timer.device, exchange.size
+    config = EngineConfig(load_format="dummy", weights="pooled", param_ranks=args.param_ranks)
+    serving = [not apart or rank not in args.param_ranks for rank in range(size)]
+    serves = serving[exchange.rank]
+    folder = folder_of(args.shape, args.layers, max(args.max_len, *args.context))
+    model, weights = load_pooled(folder, config, exchange.rank, size, device)
     pool_model(model, weights, exchange)
     running = patch_state(model).running
-    width = -(-args.context // config.block_size)
-    pool = new_pool(model, 1 + max(rows) * width, config.block_size)
+    most = max(rows) * -(-max(args.context) // config.block_size) if serves else 1
+    pool = new_pool(model, 1 + most, config.block_size)
     for layer in map(pool.layer, range(len(weights.layers))):
         layer.k.normal_()
         layer.v.normal_()
-    order = torch.randperm(max(rows) * width, device=device).int() + 1
+    order = torch.randperm(most, device=device).int() + 1
     logits = new_logits(model, max(rows))
-    last, offset = divmod(args.context - 1, config.block_size)
     found = []
-    for count in rows:
-        tables = order[: count * width].view(count, width)
+    for context, count in itertools.product(args.context, rows):
+        own = count if serves else 1
+        length = context if serves else 1
+        last, offset = divmod(length - 1, config.block_size)
+        tables = order[: own * (last + 1)].view(own, last + 1)
         batch = Batch(
-            num_tokens=count,
+            num_tokens=own,
             max_query_len=1,
-            query_start=torch.arange(count + 1, device=device, dtype=torch.int32),
-            seq_lens=torch.full((count,), args.context, device=device, dtype=torch.int32),
+            query_start=torch.arange(own + 1, device=device, dtype=torch.int32),
+            seq_lens=torch.full((own,), length, device=device, dtype=torch.int32),
             groups=(GroupBatch(tables, tables[:, last].long() * config.block_size + offset),),
         )
-        ids = torch.randint(SHAPES[args.shape].vocab_size, (count,), device=device)
-        at = torch.full((count,), args.context - 1, device=device)
-        running.rows = running.head_rows = [count] * exchange.size
+        ids = torch.randint(SHAPES[args.shape].vocab_size, (own,), device=device)
+        at = torch.full((own,), length - 1, device=device)
+        running.rows = running.head_rows = [count if each else 1 for each in serving]
 
-        def step(batch: Batch = batch, ids: Tensor = ids, at: Tensor = at) -> None:
-            forward_packed(model, pool, batch, ids, at, None, logits)
+        def step(batch: Batch = batch, ids: Tensor = ids, at: Tensor = at) -> Tensor:
+            return forward_packed(model, pool, batch, ids, at, None, logits)
 
         for exchange.mailbox in boxes:
-            found.append({"what": "step", "rows": count, **timer(step)})
-            show(exchange, found[-1])
+            want = None
+            for halved in (False, True) if args.halves else (False,):
+                running.halves = halve(running.rows, serving) if halved else None
+                row = {"what": "step", "rows": count, "context": context, "halved": halved}
+                row |= timer(step)
+                result = step().float()
+                want = result.clone() if want is None else want
+                off = (result - want).abs().max() / want.abs().max() * serves
+                dist.all_reduce(off, dist.ReduceOp.MAX, group=exchange.group)
+                row["off"] = float(off)
+                found.append(row)
+                show(exchange, row)
     return found
 
 
@@ -376,6 +394,9 @@ def show(exchange: Exchange, row: dict) -> None:
     row["mailbox"] = exchange.mailbox.limit if exchange.mailbox else 0
     if exchange.rank == 0:
         times = "  ".join(f"{key} {row[key]:9.4f} ms" for key in ("graph", "eager") if key in row)
+        if "context" in row:
+            times += f"  context {row['context']}{' halves' if row['halved'] else ''}"
+            times += f"  off {row['off']:.2g}"
         print(
             f"{row['what']:12} {row['rows']:5} rows a rank  mailbox {row['mailbox']:8}  {times}",
             flush=True,
@@ -401,7 +422,13 @@ def main() -> None:
     parser.add_argument(
         "--mailbox", type=int, nargs="+", default=[0, LIMIT], help="largest message"
     )
-    parser.add_argument("--context", type=int, default=512, help="step: tokens of a sequence")
+    parser.add_argument(
+        "--context", type=int, nargs="+", default=[512], help="step: tokens of a sequence"
+    )
+    parser.add_argument(
+        "--param-ranks", type=int, nargs="+", help="step: with the weights; the others have rows"
+    )
+    parser.add_argument("--halves", action="store_true", help="step: also as two half-batches")
     parser.add_argument("--no-eager", action="store_true", help="graphs only")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -81,6 +81,15 @@ def absent_minded(link, rank):
             link.send("aborted")
 
 
+def halved(link, setup):
+    """A worker whose decoding steps run in halves where they can."""
+    from torch_pd.engine import worker
+    from torch_pd.engine.halving import Halving
+
+    Halving.pays = lambda self, rows, kv_tokens: rows >= 2
+    worker.main(link, setup)
+
+
 def faulty(link, setup, fault):
     """A worker of which rank 1 fails while the others wait for it in a collective."""
     from torch_pd.engine import engine, runner, worker
@@ -91,17 +100,17 @@ def faulty(link, setup, fault):
     class Graphs:
         """As if on GPUs: rank 1 cannot capture its graphs."""
 
-        def __init__(self, sizes, prepare):
-            (fail if setup.rank == 1 else prepare(sizes[0]))()
+        def __init__(self, sizes, prepare, halved):
+            (fail if setup.rank == 1 else prepare(sizes[0], False))()
 
     class Captures(runner.Runner):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
             self.capture()
 
     class Breaks(runner.Runner):
-        def __init__(self, model, *args):
-            super().__init__(model, *args)
+        def __init__(self, model, *args, **kwargs):
+            super().__init__(model, *args, **kwargs)
             if setup.rank == 1:
                 model.model.layers[1].register_forward_pre_hook(fail)
 

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from shapes import QWEN3_8B, QWEN3_32B
 
 from torch_pd.costs import Costs, Machine, Step
+from torch_pd.engine.halving import Halving
+from torch_pd.nn.halves import halve
 
 # Linears and collectives of a step only: the layers' matrices, no attention, no sampling.
 BARE = Machine(
@@ -116,3 +118,22 @@ def test_measured_constants_replace_defaults():
     assert Machine.from_dict({"link_bandwidth": 1e11}).link_bandwidth == 1e11
     with pytest.raises(TypeError, match="speed"):
         Machine.from_dict({"speed": 1})
+
+
+@pytest.mark.parametrize(("owners", "data_ranks"), [(1, 1), (1, 2), (2, 2)])
+def test_halves_pay_where_attention_takes_as_long_as_the_weights(owners, data_ranks):
+    halving = Halving(Costs(QWEN3_32B, Machine(), owners, data_ranks=data_ranks), graph=True)
+    reading = QWEN3_32B.layer_params * 2 / Machine.weight_bandwidth / owners
+    tokens = reading * Machine.kv_bandwidth / QWEN3_32B.kv_token_bytes  # attended to in that time
+    assert not halving.pays(1, 1 << 30)
+    assert not halving.pays(32, int(tokens / 2))
+    assert halving.pays(128, int(tokens * 1.5))
+    # Once they pay they do with longer sequences.
+    pays = [halving.pays(64, 64 * length) for length in range(64, 8192, 64)]
+    assert pays == sorted(pays)
+
+
+def test_rows_of_halves():
+    assert halve([1, 5, 1, 4], [False, True, True, True]) == ((0, 3, 1, 2), (0, 2, 0, 2))
+    assert halve([1, 1], [False, True]) is None
+    assert halve([9, 1], [False, True]) is None

@@ -83,10 +83,11 @@ def test_lines_of_an_engine_alone(folder):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    ("tokens", "activations", "graphs"), [(8192, 1.15, 0.58), (16384, 2.26, 0.58)]
+    ("tokens", "activations", "graphs"), [(8192, 0.97, 0.58), (16384, 1.89, 0.58)]
 )
 def test_lines_that_were_measured_on_an_h100(tokens, activations, graphs):
-    """GiB of the ledger of a started engine (docs/benchmarks.md), Qwen3-8B shape."""
+    """GiB of the ledger of a started engine (docs/benchmarks.md), Qwen3-8B shape. Activations were
+    1.15 and 2.26 there; since then a block lets go of what the MLP does not need."""
     config = EngineConfig(max_num_batched_tokens=tokens, load_format="dummy")
     found = footprint("replicate", QWEN3_8B, config, 1, 40960)
     assert found["weights"] / GIB == pytest.approx(15.26, abs=0.01)

@@ -42,6 +42,29 @@ def test_a_step_is_what_the_ranks_bring(boards):
     assert vote(boards, [idle] * 3) is None
 
 
+def test_one_rank_that_asks_for_halves_gets_them_for_all(boards):
+    def step(*votes):
+        found = []
+        threads = [
+            threading.Thread(
+                target=lambda board=board, halved=halved, decoding=decoding: found.append(
+                    Lockstep(board, board).agree(2, 2, decoding=decoding, busy=True, halved=halved)
+                )
+            )
+            for board, (halved, decoding) in zip(boards, votes, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found[0] == found[1] == found[2]
+        return found[0].halved
+
+    assert not step((False, True), (False, True), (False, True))
+    assert step((False, True), (True, True), (False, True))
+    assert not step((False, True), (True, True), (False, False))  # one reads a prompt
+
+
 def test_requests_that_wait_keep_all_ranks_going(boards):
     idle = (0, 0, True, False)
     boards[1].open(1, 2, 0)

@@ -177,10 +177,30 @@ def test_command_errors(folder, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-def test_roles_apart_are_not_planned():
-    apart = {"weights": "pooled", "param_ranks": [0], "data_ranks": [1]}
-    with pytest.raises(ValueError, match="plan without param_ranks and data_ranks, or"):
-        plan(QWEN3_8B, gpus=2, **apart)
+def test_roles_apart():
+    work = {"input": 512, "output": 64, "num_prompts": 64}
+    found = plan(QWEN3_8B, gpus=2, param_ranks=[0], data_ranks=[1], **work)
+    assert found.weights == "pooled"
+    assert list(found.modes) == ["ship", "stream", "auto"]
+    for mode in found.modes.values():
+        assert mode.owner_memory["shard"] == QWEN3_8B.pooled_bytes
+        assert mode.memory["shard"] == mode.owner_memory["ring"] == 0
+        assert (mode.memory["ring"] > 0) == (mode.mode != "ship")
+        assert sum(mode.memory.values()) == found.budget
+    text = str(found)
+    assert "2 x H100 80GB, 72.0 GiB of each (1 for weights, 1 for KV pages)" in text
+    assert "of a rank with weights GiB" in text
+    assert f"KV tokens, all{found.modes['ship'].kv_tokens:>28,}" in text
+    # All of the weights on one GPU of three, which the others read at once.
+    more = plan(QWEN3_8B, gpus=3, param_ranks=[1], data_ranks=[0, 2], **work)
+    assert more.modes["stream"].prefill_ms > found.modes["stream"].prefill_ms
+    with pytest.raises(ValueError, match=r"does not fit on 2 x 12 GiB: stream needs shard"):
+        plan(QWEN3_8B, gpus=2, gpu_memory=12, param_ranks=[0], data_ranks=[1], **work)
+    for wrong in ({"data_ranks": None}, {"peer_kv_gib": 1.0}):
+        with pytest.raises(ValueError, match="parameter and data ranks apart: plan without"):
+            plan(QWEN3_8B, gpus=2, **{"param_ranks": [0], "data_ranks": [1], **wrong})
+    with pytest.raises(ValueError, match="hold neither weights nor KV pages"):
+        plan(QWEN3_8B, gpus=3, param_ranks=[0], data_ranks=[1])
 
 
 def test_no_model(tmp_path):

@@ -1,5 +1,8 @@
 """LLM over weights that spawned ranks share, against one engine that holds all of them."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from torch_pd import LLM, SamplingParams
+from torch_pd.board import GroupError
+from torch_pd.engine import spawned
+from torch_pd.launch import Ranks
 
 SETTINGS = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_gib": 0.01}
 
@@ -77,6 +83,50 @@ def test_tokens_are_those_of_one_engine(folder, work, want, ranks, settings):
         width = ranks // settings.get("weight_replicas", 1)
         for first in range(0, ranks, width):
             assert len(set(steps[first : first + width])) == 1, "a group's ranks step together"
+
+
+def check_halves(monkeypatch, folder, work, want, ranks, device="cpu", killed=None, **settings):
+    """Tokens of an LLM with roles apart whose decoding steps run in halves wherever they can.
+    ``killed``: the rank that dies in such a step in the end."""
+    monkeypatch.setattr(spawned, "Ranks", lambda _, args: Ranks("launch_targets:halved", args))
+    settings = {"data_parallel_size": ranks, "weights": "pooled", "device": device, **settings}
+    with LLM(folder, **settings, **SETTINGS) as llm:
+        # So few that some ranks run dry before others.
+        prompts, params = (each[:12] for each in work)
+        for _ in llm.stream(prompts, params):
+            break
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        for output, wanted, each in zip(outputs, want, params, strict=False):
+            # Shipped sums round otherwise on GPUs, which may move a token that is drawn.
+            drawn = device == "cuda" and each.temperature > 0
+            assert output.outputs[0].token_ids == wanted or drawn
+        for stats in llm.stats()["ranks"]:
+            assert stats["halved_steps"] < stats["steps"]
+            assert stats["halved_steps"] > 0 or settings["remote_mode"] == "auto"
+        if killed is None:
+            return
+        died = []
+
+        def kill():
+            for output in llm.stream(prompts * 5, params * 5):
+                if output.finished and not died:
+                    died.append(time.monotonic())
+                    os.kill(llm.pids[killed], signal.SIGKILL)
+
+        with pytest.raises(GroupError, match=rf"rank {killed} \(process \d+\) was killed by SIG"):
+            kill()
+        assert time.monotonic() - died[0] < 10
+
+
+@pytest.mark.parametrize(
+    ("ranks", "param_ranks", "data_ranks", "killed"),
+    [(3, [0], [1, 2], 0), (3, [0, 2], [1], None)],
+)
+def test_tokens_in_halves_are_those_of_one_engine(
+    monkeypatch, folder, work, want, ranks, param_ranks, data_ranks, killed
+):
+    roles = {"param_ranks": param_ranks, "data_ranks": data_ranks, "remote_mode": "ship"}
+    check_halves(monkeypatch, folder, work, want, ranks, killed=killed, **roles)
 
 
 def test_a_folder_is_needed(folder):

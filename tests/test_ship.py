@@ -1,5 +1,6 @@
 """Shards of several ranks: the exchanges, and models computed on them."""
 
+import itertools
 import random
 
 import models
@@ -10,6 +11,7 @@ from ranks import run_ranks
 from reference import relative_error
 
 from torch_pd import patch_model
+from torch_pd.nn.halves import halve
 from torch_pd.nn.patch import describe, forward_packed, new_pool, patch_state, unpatch_model
 from torch_pd.nn.pooled import new_logits, pool_model
 from torch_pd.nn.probe import batch_of
@@ -182,9 +184,10 @@ def pooled_model(name: str, pools: list[WeightPool], exchange: Exchange, rank: i
 
 
 def check_model(
-    name: str, group, rank: int, device="cpu", error=1e-5, exchange=None, **layout
+    name: str, group, rank: int, device="cpu", error=1e-5, exchange=None, serving=(), **layout
 ) -> None:
-    """Logits of each rank's own sequences: shipped, and by the whole matrices of the same split."""
+    """Logits of each rank's own sequences: shipped, in halves too if ``serving`` says which ranks'
+    rows count, and by the whole matrices of the same split."""
     size = dist.get_world_size(group)
     whole = patch_model(models.build(name).to(device))
     pools = make_pools(whole, size, device, **layout)
@@ -193,13 +196,14 @@ def check_model(
     model = pooled_model(name, pools, exchange or Exchange(group), rank, device)
     running = patch_state(model).running
     every = [[9, 5], [3], [4, 12, 7], [6]][:size]
-    passes = iter(
-        [[sum(x - 2 for x in each) for each in every]] + [[len(each) for each in every]] * 2
-    )
+    decoded = [len(each) for each in every]
+    passes = itertools.cycle([[sum(x - 2 for x in each) for each in every], decoded, decoded])
+    halves = None
 
     def before(tokens: int, selected: int) -> None:
         running.rows = next(passes)
-        running.head_rows = [len(each) for each in every]
+        running.head_rows = decoded
+        running.halves = halves if running.rows is decoded else None
         assert running.rows[rank] == tokens
 
     memory = new_logits(model, len(lengths))
@@ -208,6 +212,13 @@ def check_model(
     got = Sequences(model, lengths, seed=rank).logits(before, memory)
     if name == "llama" and size > 1 and len(lengths) > 1 and not layout:
         assert torch.equal(memory.cpu(), got[-1])
+    if serving:
+        halves = halve(decoded, serving)
+        assert halves is not None
+        again = Sequences(model, lengths, seed=rank).logits(before)
+        for a, b in zip(got, again, strict=True):
+            limit = 0 if device == "cpu" else error
+            assert not serving[rank] or relative_error(b, a) <= limit, f"{name} in halves"
     running.mode = "resident"
     resident = Sequences(model, lengths, seed=rank).logits()
     for a, b, c in zip(want, got, resident, strict=True):
@@ -223,11 +234,14 @@ def everything(rank: int) -> None:
                 whole = seed % 2 == 0
                 check_exchange(Exchange(group, whole=whole), seed, exact=not whole)
     for name in models.FUSED:
-        check_model(name, groups[4], rank)
+        # Biases and rotations, soft caps and norms behind branches, multipliers.
+        serving = [True] * 4 if name in ("llama", "gemma2", "granite") else ()
+        check_model(name, groups[4], rank, serving=serving)
     for size, group in groups.items():
         if size > 1 and rank < size:
             check_model("llama", group, rank)
-            check_model("llama", group, rank, param_ranks=[1])
+            apart = [owner != 1 for owner in range(size)]
+            check_model("llama", group, rank, param_ranks=[1], serving=apart)
             if size < 4:
                 check_model("olmo2", group, rank, weight_layout="layer")
 

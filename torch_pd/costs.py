@@ -9,6 +9,9 @@ The same formulas choose between streaming and shipping while a group runs and f
   Each slows the other down: kernels that are bound by memory the pull, the pull the others.
 * shipped: every rank computes 1 / m of each linear for the tokens of all, so it reads 1 / m of the
   weights, and pays six collectives a layer.
+* shipped with d data ranks beside m parameter ranks: those compute 1 / m of each linear for the
+  tokens of all d, which attend; one kind waits while the other works. In halves (nn/halves.py) both
+  work, and the weights are read twice.
 """
 
 from collections.abc import Mapping
@@ -151,12 +154,14 @@ class Costs:
         shape, machine: of the model and of each GPU.
         shards: ranks that share one copy of the weights (m); 1 has no remote shard.
         kv_token_bytes: of one token's K and V as they are kept (fp8 and int8 pages are half).
+        data_ranks: that have tokens where the shards' ranks have none; None: all have both.
     """
 
     shape: ModelShape
     machine: Machine
     shards: int = 1
     kv_token_bytes: int | None = None
+    data_ranks: int | None = None
 
     def resident(self, step: Step) -> float:
         """Every weight on this GPU."""
@@ -164,6 +169,10 @@ class Costs:
 
     def pull_seconds(self) -> float:
         """Of pulling all other shards."""
+        if self.data_ranks is not None:
+            # All of it; a parameter rank sends to several data ranks, or a data rank reads several.
+            each = self.machine.link_bandwidth * min(1.0, self.shards / self.data_ranks)
+            return self.shape.pulled_bytes / each
         remote = self.shape.pulled_bytes * (self.shards - 1) / self.shards
         return remote / self.machine.link_bandwidth
 
@@ -192,27 +201,55 @@ class Costs:
                 seconds += reading / (1 + (computing / reading) ** 2)
         return seconds
 
-    def ship(self, step: Step, ranks: int | None = None) -> float:
-        """Activations sent to the shards and back; all ranks have as many rows as this one.
-
-        Args:
-            ranks: that have rows, default all; the others only compute.
-        """
-        ranks = self.shards if ranks is None else ranks
-        compute = self._linears(step, self.shards, ranks) + self._rest(step)
+    def ship(self, step: Step) -> float:
+        """Activations sent to the shards and back; all ranks that have rows have as many as this
+        one."""
+        compute = self._linears(step, self.shards, self.ranks) + self._rest(step)
         return self._launched(compute, step) + self.exchange_seconds(step)
+
+    def halved(self, step: Step) -> float:
+        """`ship` with data ranks apart in two half-batches. By their order of steps a rank attends
+        for one half while the MLP of the other is computed, and only then."""
+        shape, d, m = self.shape, self.ranks, self.shards
+        half = replace(
+            step, tokens=-(-step.tokens // 2), samples=0, kv_tokens=-(-step.kv_tokens // 2)
+        )
+        layers, rest = self._linears(half, m, d), self._rest(half)
+        exchanges = self.exchange_seconds(half)
+        mlp = 3 * shape.hidden * shape.intermediate * shape.num_layers / shape.layer_params
+        seconds = 2 * (max(layers * mlp, rest) + layers * (1 - mlp) + exchanges)
+        # One half alone begins, the other alone ends.
+        seconds += (layers + rest + exchanges) / shape.num_layers
+        seconds += self._linears(replace(step, tokens=0), m, d)  # lm_head
+        launches = 0.0 if step.graph else 2 * shape.num_layers * self.machine.layer_launch_seconds
+        return max(seconds, launches) + self.machine.step_seconds
+
+    @property
+    def ranks(self) -> int:
+        """That have tokens."""
+        return self.shards if self.data_ranks is None else self.data_ranks
+
+    @property
+    def shares(self) -> bool:
+        """No rank with tokens has all weights."""
+        return self.shards > 1 or self.data_ranks is not None
 
     def exchange_seconds(self, step: Step) -> float:
         """Of all collectives of a shipped step."""
         shape, machine, m = self.shape, self.machine, self.shards
-        if m == 1:
+        out_width = shape.num_heads * shape.head_dim
+        if self.data_ranks is not None:
+            # Received in a layer: all rows by each shard's rank, twice whole and once what is its
+            # part of the heads; by a data rank two partial sums of each shard, and q, k, v.
+            d = self.data_ranks
+            width = 2 * (d + m) * shape.hidden + shape.qkv_width + out_width * d / m
+        elif m == 1:
             return 0.0
-        # Received by a rank, a layer: two gathers and two scatters of rows [hidden] of the m - 1
-        # others, and (m - 1) / m of its own rows' q, k, v and attention outputs.
-        gathers = 4 * (m - 1) * step.tokens * shape.hidden * shape.itemsize
-        heads = shape.qkv_width + shape.num_heads * shape.head_dim
-        to_tokens = step.tokens * heads * shape.itemsize * (m - 1) / m
-        each = (gathers + to_tokens) / COLLECTIVES_PER_LAYER
+        else:
+            # Received by a rank, a layer: two gathers and two scatters of rows [hidden] of the
+            # m - 1 others, and (m - 1) / m of its own rows' q, k, v and attention outputs.
+            width = 4 * (m - 1) * shape.hidden + (shape.qkv_width + out_width) * (m - 1) / m
+        each = step.tokens * shape.itemsize * width / COLLECTIVES_PER_LAYER
         if step.tokens * shape.hidden * shape.itemsize <= machine.mailbox_bytes:
             seconds = machine.mailbox_seconds + each / machine.mailbox_bandwidth
         else:

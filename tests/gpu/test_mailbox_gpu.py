@@ -184,9 +184,12 @@ def lost(rank: int, key: str) -> None:
 
 def some_models(rank: int, key: str) -> None:
     exchange = new_exchange(rank, key)
+    options = {"device": "cuda", "error": 1e-4, "exchange": exchange}
+    serving = [True] * exchange.size
     for name in ("llama", "qwen3", "gemma2", "olmo2"):
-        check_model(name, None, rank, "cuda", error=1e-4, exchange=exchange)
-    check_model("llama", None, rank, "cuda", error=1e-4, exchange=exchange, param_ranks=[1])
+        check_model(name, None, rank, serving=serving, **options)
+    serving[1] = False
+    check_model("llama", None, rank, param_ranks=[1], serving=serving, **options)
 
 
 def everything(rank: int, key: str, replays: int) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_pooled_llm import SETTINGS, folder, work  # noqa: F401
+from test_pooled_llm import SETTINGS, check_halves, folder, work  # noqa: F401
 
 from torch_pd import LLM
 
@@ -53,3 +53,16 @@ def test_tokens_are_those_of_one_engine(folder, work, want, settings):  # noqa: 
         replays = sum(rank["graph_steps"] for rank in stats["ranks"])
         eager = settings.get("enforce_eager") or settings.get("remote_mode") in ("stream", "auto")
         assert eager or replays > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"param_ranks": [1], "data_ranks": [0], "remote_mode": "ship"},
+        {"param_ranks": [0], "data_ranks": [1], "remote_mode": "ship", "enforce_eager": True},
+        {"param_ranks": [0], "data_ranks": [1], "remote_mode": "auto"},
+    ],
+    ids=str,
+)
+def test_tokens_in_halves_are_those_of_one_engine(monkeypatch, folder, work, want, settings):  # noqa: F811
+    check_halves(monkeypatch, folder, work, want, RANKS, "cuda", **settings)

@@ -47,9 +47,9 @@ def in_a_graph(rank: int) -> None:
 
 def some_models(rank: int) -> None:
     for name in ("llama", "qwen3", "gemma2", "olmo2"):
-        check_model(name, None, rank, "cuda", error=1e-4)
+        check_model(name, None, rank, "cuda", error=1e-4, serving=[True, True])
     check_model("llama", None, rank, "cuda", error=1e-4, weight_layout="layer")
-    check_model("llama", None, rank, "cuda", error=1e-4, param_ranks=[1])
+    check_model("llama", None, rank, "cuda", error=1e-4, param_ranks=[1], serving=[True, False])
 
 
 @pytest.mark.parametrize("function", [exchanges, in_a_graph, some_models])

@@ -149,6 +149,8 @@ class Engine:
             self.sampler,
             config.max_num_batched_tokens,
             *self._stepping(),
+            most_tokens=self._kv_tokens,
+            graphs=device.type == "cuda" and not config.enforce_eager,
         )
         if self.carrier is not None:
             self.runner.read_places(self.carrier.places, self.carrier.entries)
@@ -337,11 +339,13 @@ class Engine:
         wanted = find_rows(plan, self._requests) if self._num_prompt_logprobs else []
         extra = np.concatenate([NONE, *(rows.places for rows in wanted)])
         if self.lockstep is not None:
+            halving = self.runner.halving
             common = self.lockstep.agree(
                 plan.num_tokens,
                 plan.num_samples + len(extra),
                 decoding=plan.decodes and not len(extra),
                 busy=bool(self._requests),
+                halved=halving is not None and plan.decodes and halving.wants(plan),
             )
             self.group_idle = common is None
             assert common is not None or not plan.seqs

@@ -91,11 +91,13 @@ def footprint(
     else:
         dims = dims_of(shape)
         assert dims is not None
-        layout = make_layout(dims, ranks, weight_layout=config.weight_layout)
+        layout = make_layout(
+            dims, ranks, weight_layout=config.weight_layout, param_ranks=config.param_ranks
+        )
         if rank is None:
             rank = max(range(ranks), key=layout.arena_bytes)
         lines["shard"] = layout.arena_bytes(rank)
-        if mode != "ship":
+        if mode != "ship" and _serves(config, rank):
             asked = config.ring_gib
             lines["ring"] = default_ring_bytes(layout, rank) if asked is None else int(asked * GIB)
         if mode != "stream":
@@ -106,9 +108,13 @@ def footprint(
         "activations": activations,
         "graphs": graphs,
         "staging": steps_staging(config, max_pages),
-        "context": CONTEXT_BYTES + (MAPPED_BYTES if lines["shard"] else 0),
+        "context": CONTEXT_BYTES + (MAPPED_BYTES if mode != "replicate" and ranks > 1 else 0),
         "communication": NCCL_BYTES + mailbox if mailbox else 0,
     }
+
+
+def _serves(config: EngineConfig, rank: int) -> bool:
+    return config.data_ranks is None or rank in config.data_ranks
 
 
 def _replicated(shape: ModelShape, config: EngineConfig, max_pages: int) -> tuple[int, int]:
@@ -124,7 +130,7 @@ def _shared(
     dtype = _DTYPES[shape.itemsize]
     weights = WeightPool(few, rank, dtype, "meta")
     ring = None
-    if mode != "ship":
+    if mode != "ship" and _serves(config, rank):
         arenas = [
             torch.empty(few.arena_bytes(owner), dtype=torch.uint8, device="meta")
             for owner in range(few.size)
@@ -134,7 +140,7 @@ def _shared(
         ring = Ring(few, rank, arenas, dtype, asked)
     exchange = None if mode == "stream" else NoExchange(rank, few.size)
     pool_model(model, weights, exchange, ring)
-    serving = [] if exchange is None else [True] * few.size
+    serving = [] if exchange is None else [_serves(config, rank) for rank in range(few.size)]
     return _try(Trial(model, max_pages, serving, rank), config)
 
 

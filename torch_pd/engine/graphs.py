@@ -29,25 +29,33 @@ class DecodeGraphs:
 
     Args:
         sizes: rows of each graph, rising.
-        prepare: called with a number of rows before each capture; returns the pass to capture,
-            which may hold collectives and must not wait for the device. It runs once eagerly and
-            once captured; what it returns is kept and handed out by `replay`.
+        prepare: called with a number of rows, and whether they are halved, before each capture;
+            returns the pass to capture, which may hold collectives and must not wait for the
+            device. It runs once eagerly and once captured; what it returns is kept and handed out
+            by `replay`.
+        halved: sizes that are captured in half-batches too.
 
     Raises:
         RuntimeError: the pass cannot be captured.
     """
 
-    def __init__(self, sizes: Sequence[int], prepare: Callable[[int], Callable[[], Tensor]]):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        prepare: Callable[[int, bool], Callable[[], Tensor]],
+        halved: Sequence[int] = (),
+    ):
         self.sizes = list(sizes)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        kinds = [(size, False) for size in sizes] + [(size, True) for size in halved]
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         gc.collect()
         # Largest first: the smaller ones find room in the memory of the larger.
         with torch.cuda.stream(stream):
-            for size in reversed(self.sizes):
-                run = prepare(size)
+            for kind in sorted(kinds, reverse=True):
+                run = prepare(*kind)
                 run()  # chooses algorithms and loads kernels
                 stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
@@ -57,7 +65,7 @@ class DecodeGraphs:
                     out = run()
                 finally:
                     graph.capture_end()
-                self._graphs[size] = graph, out
+                self._graphs[kind] = graph, out
         torch.cuda.current_stream().wait_stream(stream)
 
     def size_for(self, rows: int) -> int | None:
@@ -65,9 +73,13 @@ class DecodeGraphs:
         place = bisect_left(self.sizes, rows)
         return self.sizes[place] if place < len(self.sizes) else None
 
-    def replay(self, size: int) -> Tensor:
+    def halves(self, size: int) -> bool:
+        """Whether the size was captured in half-batches too."""
+        return (size, True) in self._graphs
+
+    def replay(self, size: int, halved: bool = False) -> Tensor:
         """Launches the graph on the current stream; its result, overwritten by the next replay of
         any size."""
-        graph, out = self._graphs[size]
+        graph, out = self._graphs[size, halved]
         graph.replay()
         return out

@@ -7,6 +7,7 @@ from torch_pd.board import Board, Commit
 
 _BUSY = 1
 _MIXED = 2
+_HALVED = 4
 _SELECTED_BITS = 24
 _WAIT_S = 1.0
 _ADMIT_EVERY = 8
@@ -22,6 +23,8 @@ class CommonStep:
     """Rows of each rank whose logits are wanted."""
     decoding: bool
     """No rank does anything but decode one token a sequence."""
+    halved: bool = False
+    """It decodes, and runs in half-batches if it can: a rank asked for that."""
 
     def padded(self, sizes: Sequence[int] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """``tokens`` and ``selected`` as they are run: a rank without work computes a row of
@@ -86,19 +89,23 @@ class Lockstep:
         """Whether this rank, with so many running sequences, may start new ones: see `Gate`."""
         return self._gate.opens(running)
 
-    def agree(self, tokens: int, selected: int, *, decoding: bool, busy: bool) -> CommonStep | None:
+    def agree(
+        self, tokens: int, selected: int, *, decoding: bool, busy: bool, halved: bool = False
+    ) -> CommonStep | None:
         """The next common step, or None if no rank is busy and so none runs anything.
 
         Args:
             tokens, selected: of this rank's plan; 0 if it has none.
             decoding: it has no plan, or one that only decodes.
             busy: it has requests under way. Those that wait in the queue count as well.
+            halved: it asks for half-batches.
 
         Raises:
             GroupError: another rank is gone or failed.
         """
         assert 0 <= selected < 1 << _SELECTED_BITS
         flags = (busy or self._queue.left > 0) * _BUSY | (not decoding) * _MIXED
+        flags |= halved * _HALVED
         self._board.ready(tokens << _SELECTED_BITS | selected, flags)
         commit = self._wait()
         if not commit.flags & _BUSY:
@@ -111,6 +118,7 @@ class Lockstep:
             tokens=tuple(rows >> _SELECTED_BITS for rows in commit.rows),
             selected=tuple(rows & mask for rows in commit.rows),
             decoding=not mixed,
+            halved=not mixed and bool(commit.flags & _HALVED),
         )
 
     def _wait(self) -> Commit:

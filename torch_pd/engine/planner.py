@@ -40,6 +40,8 @@ class ModePlan:
     tokens_per_second: float = 0.0
     """Output tokens of all ranks."""
     run: Run | None = None
+    owner_memory: dict[str, int] = field(default_factory=dict)
+    """Bytes by kind of a rank that holds weights and no pages; ``memory`` is another's then."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Plan:
     """KV tokens of a rank by tier, beside those of the GPU: host, peer, disk."""
     lenders: int = 0
     """GPUs that hold no weights and run nothing: their memory is lent to the others."""
+    param_ranks: int = 0
+    """GPUs that hold the weights and no pages."""
 
     @property
     def weights(self) -> str:
@@ -79,20 +83,26 @@ class Plan:
         def fitting(text: Any) -> list[str]:
             return [text(p) if p.run is not None else "-" for p in plans]
 
-        work = self.work
+        work, data_ranks = self.work, self.gpus - self.lenders - self.param_ranks
+        roles = f" ({self.lenders} only lend memory)" if self.lenders else ""
+        if self.param_ranks:
+            roles = f" ({self.param_ranks} for weights, {data_ranks} for KV pages)"
         lines = [
             f"{self.model} on {self.gpus} x {self.machine}, {self.budget / GIB:.1f} GiB of each"
-            f"{f' ({self.lenders} only lend memory)' if self.lenders else ''}; "
+            f"{roles}; "
             f"{work.num_prompts} prompts of {work.input} tokens, {work.output} out",
             "",
             row("", [p.mode for p in plans]),
         ]
         for kind in kinds:
             lines.append(row(f"{kind} GiB", [f"{p.memory[kind] / GIB:.2f}" for p in plans]))
+        if self.param_ranks:
+            every = [sum(p.owner_memory.values()) / GIB for p in plans]
+            lines.append(row("of a rank with weights GiB", [f"{gib:.2f}" for gib in every]))
         lines += [
             row("lacking GiB", [f"{p.missing / GIB:.2f}" if p.missing else "" for p in plans]),
             row("KV tokens, a rank", [f"{p.kv_tokens:,}" for p in plans]),
-            row("KV tokens, all", [f"{p.kv_tokens * (self.gpus - self.lenders):,}" for p in plans]),
+            row("KV tokens, all", [f"{p.kv_tokens * data_ranks:,}" for p in plans]),
             row("prefill step ms", fitting(lambda p: f"{p.prefill_ms:.1f}")),
             row("decode step rows", fitting(lambda p: f"{p.decode_rows}")),
             row("decode step ms", fitting(lambda p: f"{p.decode_ms:.1f}")),
@@ -130,11 +140,14 @@ def plan(
         input, output: tokens of a prompt (mean; uniform within 50%) and of its answer.
         num_prompts: of the run; default 256 a GPU.
         machine: constants of GPU and links; default H100 with NVLink.
-        **config: fields of `EngineConfig` that matter to memory and steps.
+        **config: fields of `EngineConfig` that matter to memory and steps. With ``param_ranks``
+            weights are "pooled".
 
     Raises:
         ValueError: nothing fits, with the arithmetic; or a number that cannot be.
     """
+    if config.get("param_ranks") is not None:
+        config.setdefault("weights", "pooled")
     return plan_settings(
         model,
         EngineConfig.from_kwargs(**config),
@@ -177,12 +190,17 @@ def plan_settings(
             f"weight_replicas={settings.weight_replicas} does not divide {gpus} GPUs into pools of "
             "equal size"
         )
-    apart = settings.data_ranks is not None and not settings.peer_kv_gib
-    if apart or settings.param_ranks is not None:
+    apart = settings.param_ranks is not None and settings.data_ranks is not None
+    if (settings.param_ranks is not None) != apart or (
+        apart and (settings.peer_kv_gib or settings.weight_replicas > 1)
+    ):
         raise ValueError(
-            "the planner knows groups in which every rank holds weights and pages, and lenders: "
-            "plan without param_ranks and data_ranks, or without the former and with peer_kv_gib"
+            "the planner knows groups in which every rank holds weights and pages, lenders, and "
+            "one group of parameter and data ranks apart: plan without param_ranks, or with "
+            "data_ranks too and without peer_kv_gib and weight_replicas"
         )
+    if apart:
+        settings.check_ranks(gpus)
     if isinstance(model, ModelShape):
         name, shape = "model", model
     else:
@@ -193,7 +211,11 @@ def plan_settings(
     serving = gpus - lenders
     alone = gpus // settings.weight_replicas == 1 or lenders
     shares = not alone and dims_of(shape) is not None
-    modes = MODES if shares else MODES[:1]
+    modes: tuple[str, ...] = MODES if shares else MODES[:1]
+    if apart:
+        if not shares:
+            raise ValueError(f"the linears of {name} are of a kind that is not shared")
+        modes = MODES[1:]
     plans = {
         mode: _plan_mode(mode, shape, machine, settings, serving, budget, work) for mode in modes
     }
@@ -208,6 +230,9 @@ def plan_settings(
             "max_num_batched_tokens or max_num_seqs, or a higher gpu_memory_utilization"
         )
     choice, reason = _choose(plans, fitting)
+    if settings.param_ranks is not None:
+        speed = f"{fitting[choice].tokens_per_second:,.0f} output tok/s"
+        reason = f"the weights are on {len(settings.param_ranks)} GPUs; {speed}"
     if lenders:
         reason = f"the weights are on {serving} GPUs; {lenders} lend their memory"
     tiers = {
@@ -219,7 +244,10 @@ def plan_settings(
         )
         if nbytes
     }
-    return Plan(name, gpus, budget, work, machine.name, plans, choice, reason, tiers, lenders)
+    owners = len(settings.param_ranks or ())
+    return Plan(
+        name, gpus, budget, work, machine.name, plans, choice, reason, tiers, lenders, owners
+    )
 
 
 def _borrowed_bytes(settings: EngineConfig, gpus: int) -> int:
@@ -255,6 +283,8 @@ def _choose(plans: dict[str, ModePlan], fitting: dict[str, ModePlan]) -> tuple[s
     order = [mode for mode in ("replicate", "auto", "ship", "stream") if mode in fitting]
     choice = next(m for m in order if fitting[m].tokens_per_second * _CLOSE >= best)
     speed = fitting[choice].tokens_per_second
+    if "replicate" not in plans:
+        return choice, ""
     if len(plans) == 1:
         return choice, "there is one GPU, or the linears are of a kind that is not shared"
     if choice == "replicate":
@@ -287,7 +317,18 @@ def _plan_mode(
     ranks = 1 if mode == "replicate" else gpus // settings.weight_replicas
     kv_shape = kv_shape_of(shape, settings)
     longest = min(shape.max_position or 1 << 20, settings.max_model_len or 1 << 20)
-    memory = footprint(mode, shape, settings, ranks, longest)
+    owner: dict[str, int] = {}
+    costs = Costs(shape, machine, ranks, kv_shape.page_bytes // settings.block_size)
+    if settings.param_ranks is not None and settings.data_ranks is not None:
+        owner = footprint(mode, shape, settings, ranks, longest)  # of the fullest
+        lacking = sum(owner.values()) + 2 * kv_shape.page_bytes - budget
+        if lacking > 0:
+            return ModePlan(mode, owner, 0, lacking)
+        gpus = len(settings.data_ranks)
+        shards = len(settings.param_ranks)
+        costs = dataclasses.replace(costs, shards=shards, data_ranks=gpus)
+    rank = None if not owner or settings.data_ranks is None else settings.data_ranks[0]
+    memory = footprint(mode, shape, settings, ranks, longest, rank)
     left = budget - sum(memory.values())
     length = min(longest, work.input + work.input // 2 + work.output)
     least = max(2, -(-length // settings.block_size) + 1) * kv_shape.page_bytes
@@ -299,13 +340,13 @@ def _plan_mode(
     if missing:
         memory["KV pages"] = least
         memory["unused"] = 0
-        return ModePlan(mode, memory, 0, missing)
+        return ModePlan(mode, memory, 0, missing, owner_memory=owner)
     pages = pages_of_budget(kv_shape, left, "the plan")
     memory["KV pages"] = pages * kv_shape.page_bytes
     memory["unused"] = budget - sum(memory.values())
     kv_tokens = (pages - 1) * settings.block_size
-    costs = Costs(shape, machine, ranks, kv_shape.page_bytes // settings.block_size)
-    share = dataclasses.replace(work, num_prompts=-(-work.num_prompts * ranks // gpus))
+    groups = settings.weight_replicas if mode != "replicate" else gpus
+    share = dataclasses.replace(work, num_prompts=-(-work.num_prompts // groups))
     run = rehearse(costs, mode, settings, kv_tokens, share, longest)
     mean = work.input + work.output / 2
     rows = max(1, min(settings.max_num_seqs, int(kv_tokens / mean), -(-work.num_prompts // gpus)))
@@ -323,6 +364,7 @@ def _plan_mode(
         rows,
         work.num_prompts * work.output / run.seconds,
         run,
+        owner,
     )
 
 
@@ -335,5 +377,7 @@ def step_seconds(costs: Costs, mode: str, step: Step) -> tuple[float, str]:
         ways["stream"] = costs.stream(step)
     if mode in ("ship", "auto"):
         ways["ship"] = costs.ship(step)
+        if costs.data_ranks is not None and not step.pairs:
+            ways["ship"] = min(ways["ship"], costs.halved(step))
     way = min(ways, key=ways.__getitem__)
     return ways[way], way

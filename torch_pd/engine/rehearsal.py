@@ -14,6 +14,7 @@ import numpy as np
 from torch_pd.config import EngineConfig
 from torch_pd.costs import Costs, Step
 from torch_pd.engine.graphs import bucket_sizes, largest_graph
+from torch_pd.engine.halving import Halving
 from torch_pd.engine.lockstep import CommonStep, Gate
 from torch_pd.engine.plan import Plan
 from torch_pd.engine.scheduler import Scheduler
@@ -129,10 +130,10 @@ def rehearse(
         work: of the group.
         longest: tokens of the longest sequence that is allowed.
     """
-    together = mode in ("ship", "auto") and costs.shards > 1
-    ranks = min(costs.shards, MOST_RANKS) if together else 1
-    if ranks < costs.shards:
-        work = Work(-(-work.num_prompts * ranks // costs.shards), work.input, work.output)
+    together = mode in ("ship", "auto") and costs.shares
+    ranks = min(costs.ranks, MOST_RANKS) if together else 1
+    if ranks < costs.ranks:
+        work = Work(-(-work.num_prompts * ranks // costs.ranks), work.input, work.output)
     prompts = work.prompts()
     longest = min(longest, max(prompts) + work.output)
     every = [_Rank(config, kv_tokens, longest) for _ in range(ranks)]
@@ -159,7 +160,7 @@ def rehearse(
             tuple(plan.num_samples for plan in plans),
             all(plan.decodes for plan in plans),
         )
-        way = "resident" if mode == "replicate" or costs.shards == 1 else "stream"
+        way = "resident" if mode == "replicate" or not costs.shares else "stream"
         if choice is not None:
             way = choice.decide(common.tokens, common.selected, common.decoding)
         seconds = _seconds(costs, way, common, plans, sizes)
@@ -188,15 +189,18 @@ def _seconds(
     if way != "ship":
         return max((costs.stream if way == "stream" else costs.resident)(step) for step in steps)
     # The linears of all rows are shared evenly; attention is each rank's own.
-    return costs.ship(
-        Step(
-            -(-sum(tokens) // len(plans)),
-            -(-sum(selected) // len(plans)),
-            max(step.kv_tokens for step in steps),
-            max(step.pairs for step in steps),
-            graph=size is not None,
-        )
+    mean = Step(
+        -(-sum(tokens) // len(plans)),
+        -(-sum(selected) // len(plans)),
+        max(step.kv_tokens for step in steps),
+        max(step.pairs for step in steps),
+        graph=size is not None,
     )
+    if common.decoding and costs.data_ranks is not None:
+        halving = Halving(costs, mean.graph)
+        if any(halving.wants(plan) for plan in plans):
+            return costs.halved(mean)
+    return costs.ship(mean)
 
 
 def _attention(plan: Plan) -> tuple[int, int]:

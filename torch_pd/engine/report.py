@@ -41,7 +41,8 @@ class Report:
 
         ``synchronous_steps`` were waited for because a row needed the host (penalties, logprobs,
         prompt_logprobs); ``wasted_rows`` were computed for sequences that had ended;
-        ``graph_steps`` replayed a CUDA graph; ``device_busy`` and ``device_idle`` are the seconds
+        ``graph_steps`` replayed a CUDA graph; ``halved_steps`` ran as two half-batches;
+        ``device_busy`` and ``device_idle`` are the seconds
         that the device spent in steps and waiting between two of them. Where weights may be
         streamed or shipped: steps, tokens and seconds of either.
         """
@@ -51,6 +52,7 @@ class Report:
         return {
             **self.counts,
             "graph_steps": engine.runner.num_replays,
+            "halved_steps": engine.runner.num_halved,
             "step_seconds": self._seconds,
             "device_busy": tickets.busy,
             "device_idle": tickets.idle,

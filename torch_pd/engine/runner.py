@@ -19,6 +19,7 @@ from torch_pd import ops
 from torch_pd.context import Batch, GroupBatch
 from torch_pd.engine.choices import HOST, PLAIN, Choices
 from torch_pd.engine.graphs import DecodeGraphs, bucket_sizes, largest_graph
+from torch_pd.engine.halving import find_halving
 from torch_pd.engine.lockstep import CommonStep
 from torch_pd.engine.sampler import SLICE, Sampler, SamplerOutput
 from torch_pd.engine.sampling_row import SamplingRow
@@ -28,6 +29,7 @@ from torch_pd.engine.staging import Staging
 from torch_pd.engine.tickets import Ticket, Tickets
 from torch_pd.kv.cache import KVPool
 from torch_pd.kv.moves import HOST_BITS
+from torch_pd.nn.halves import halve
 from torch_pd.nn.patch import forward_packed, patch_state
 from torch_pd.nn.pooled import new_logits
 from torch_pd.sizing import staging_bytes
@@ -73,6 +75,8 @@ class Runner:
         serving: for each of the ranks that run every step together (models whose linears are
             shipped) whether it ever has sequences; one without computes a row of padding.
         rank: which of them this is.
+        most_tokens: that the pages of a rank with sequences hold; the same on all ranks.
+        graphs: `capture` will be called.
     """
 
     def __init__(
@@ -84,6 +88,8 @@ class Runner:
         max_tokens: int,
         serving: Sequence[bool] = (),
         rank: int = 0,
+        most_tokens: int = 1 << 60,
+        graphs: bool = False,
     ):
         self.model = model
         self.pool = pool
@@ -91,6 +97,9 @@ class Runner:
         self.sampler = sampler
         self._serving, self._rank = tuple(serving), rank
         self._state = patch_state(model)
+        self._most_tokens = most_tokens
+        token_bytes = pool.page_bytes // pool.block_size
+        self.halving = find_halving(model, self._serving, token_bytes, graphs)
         self.choices = Choices(self.tables, sampler.vocab_size)
         rows, width = self.tables.block_tables.shape
         device = pool.device
@@ -112,7 +121,7 @@ class Runner:
         """[rows, vocab] of the step that a graph ran last, where the model can write it there."""
         self.no_graphs = "not captured"
         """Why there are no graphs."""
-        self.num_replays = 0
+        self.num_replays = self.num_halved = 0
 
     def read_places(self, places: Tensor, entries: np.ndarray | None = None) -> None:
         """Block tables may name pages of other pools from now on.
@@ -138,7 +147,7 @@ class Runner:
         sizes = bucket_sizes(largest_graph(len(self._block_tables)))
         self._logits = new_logits(self.model, sizes[-1])
         try:
-            self.graphs = DecodeGraphs(sizes, self._prepare_capture)
+            self.graphs = DecodeGraphs(sizes, self._prepare_capture, self._halved_sizes(sizes))
         except RuntimeError as error:
             if self._serving:
                 error.add_note("shipped steps are not captured with enforce_eager=True")
@@ -148,11 +157,19 @@ class Runner:
                 "no CUDA graphs, decoding steps are launched eagerly: %s", self.no_graphs
             )
 
-    def _prepare_capture(self, size: int) -> Callable[[], Tensor]:
+    def _halved_sizes(self, sizes: Sequence[int]) -> list[int]:
+        """Of which half-batches pay with the longest sequences that fit."""
+        if self.halving is None:
+            return []
+        longest = self._block_tables.shape[1] * self.pool.block_size
+        most = self._most_tokens
+        return [size for size in sizes if self.halving.pays(size, min(size * longest, most))]
+
+    def _prepare_capture(self, size: int, halved: bool) -> Callable[[], Tensor]:
         sizes = self._sizes(size)
         step = self._on_device(empty_plan(), self._own(size))
         self._to_graph(step)
-        self._share(sizes, sizes)
+        self._share(sizes, sizes, halved)
 
         def run() -> Tensor:
             logits = self._forward(step, self._logits)
@@ -175,10 +192,11 @@ class Runner:
     def _own(self, size: int) -> int:
         return self._sizes(size)[self._rank] if self._serving else size
 
-    def _share(self, tokens: Sequence[int], selected: Sequence[int]) -> None:
+    def _share(self, tokens: Sequence[int], selected: Sequence[int], halved: bool) -> None:
         """Tells the model how many rows each rank brings to its layers and to its head."""
         running = self._state.running
         running.rows = tokens
+        running.halves = halve(tokens, self._serving) if halved else None
         running.head_rows = selected if self._state.takes_select else tokens
 
     # Steps.
@@ -212,7 +230,7 @@ class Runner:
         if common is not None:
             size, largest = (size if plan.seqs else 1), max(1, *common.tokens)
             captured = common.decoding
-        graph = None
+        graph, halved = None, False
         if self.graphs is not None and captured and not streamed:
             graph = self.graphs.size_for(largest)
         if streamed:
@@ -220,8 +238,12 @@ class Runner:
         elif common is not None:
             self._state.running.mode = "ship"
         if common is not None:
+            halved = common.halved
+            if self.graphs is not None and graph is not None:
+                halved = halved and self.graphs.halves(graph)
             tokens, selected = common.padded(None if graph is None else self._sizes(graph))
-            self._share(tokens, selected)
+            self._share(tokens, selected, halved)
+            self.num_halved += self._state.running.halves is not None
         ticket = self.tickets.begin(plan.num_samples)
         with record_function("prepare"):
             step = self._on_device(plan, size if graph is None else self._own(graph), extra)
@@ -230,7 +252,7 @@ class Runner:
         with record_function("run"):
             if self.graphs is not None and graph is not None:
                 self._to_graph(step)
-                logits = self.graphs.replay(graph)
+                logits = self.graphs.replay(graph, halved)
                 self.num_replays += 1
             else:
                 logits = self._forward(step)

@@ -102,4 +102,8 @@ def start_streaming(
     machine = machine_of(ring, world.device, world.all_gather)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # of what was measured
-    return Streaming(memory, ring, Choice(Costs(shape, machine, weights.size)))
+    costs = Costs(shape, machine, weights.size)
+    owners, data = config.param_ranks, config.data_ranks
+    if owners is not None and data is not None and not set(owners) & set(data):
+        costs = Costs(shape, machine, len(owners), data_ranks=len(data))
+    return Streaming(memory, ring, Choice(costs))

@@ -92,7 +92,9 @@ def try_steps(trial: "Trial", config: EngineConfig, gauge: Gauge) -> tuple[int, 
     peak = gauge.peak() - before
     # The captured passes and those that went before them have memory of their own; a graph keeps
     # logits that do not lie in the common memory.
-    return activations, common + 2 * peak + sum(sizes[:-1]) * row + GRAPH_BYTES * len(sizes)
+    # Half-batches have graphs of their own, of twice as many kernels.
+    graphs = len(sizes) * (3 if trial.apart else 1)
+    return activations, common + 2 * peak + sum(sizes[:-1]) * row + GRAPH_BYTES * graphs
 
 
 def steps_staging(config: EngineConfig, max_pages: int) -> int:
@@ -116,6 +118,11 @@ class Trial:
         self.model, self.max_pages = model, max_pages
         self._serving, self._serves = serving, not serving or serving[rank]
         self._state = patch_state(model)
+
+    @property
+    def apart(self) -> bool:
+        """Some ranks have no sequences."""
+        return not all(self._serving)
 
     def modes(self) -> list[str]:
         """In which ways this rank runs steps; the last one is that of its graphs."""

@@ -44,6 +44,8 @@ class Pass:
     """Shipped: tokens of each rank of the group in this pass."""
     head_rows: Sequence[int] = ()
     """Shipped: rows of each rank whose logits are wanted."""
+    halves: tuple[Sequence[int], Sequence[int]] | None = None
+    """Shipped: ``rows`` in two half-batches that take turns (nn/halves.py); None: in one."""
 
     def current(self) -> tuple[Batch, KVPool]:
         """Batch and pool. ValueError outside of a pass of the patched model."""

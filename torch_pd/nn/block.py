@@ -228,18 +228,26 @@ class FusedBlock:
     def __call__(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
         """``hidden [T, C]`` is left as it is, unless it lacks a branch: others may hold it. Returns
         another ``[T, C]``, complete or (`hands_on`, in a pass of the engine) without a branch."""
-        branch = self.flow.take(hidden)
-        lacking = branch is not None
-        x = hidden
-        if branch is not None:
-            if self.pre_attention is not None:
-                out = torch.empty_like(x)
-                x = self.pre_attention(branch, out, residual=hidden, scale=self.flow.scale)
-            else:
-                x = hidden.add_(branch, alpha=self.flow.scale)
-        elif self.pre_attention is not None:
-            x = self.pre_attention(x, torch.empty_like(x))
+        x, lacking = self.enter(hidden, self.flow)
         branch = self.attention(x, rotation)
+        residual, x = self.between(hidden, branch, lacking)
+        branch = self.mlp(x)
+        return self.leave(residual, branch, self.flow)
+
+    def enter(self, hidden: Tensor, flow: Flow) -> tuple[Tensor, bool]:
+        """What attention gets, and whether ``hidden`` lacked a branch, which it has now."""
+        branch = flow.take(hidden)
+        if branch is None:
+            if self.pre_attention is None:
+                return hidden, False
+            return self.pre_attention(hidden, torch.empty_like(hidden)), False
+        if self.pre_attention is None:
+            return hidden.add_(branch, alpha=flow.scale), True
+        out = torch.empty_like(hidden)
+        return self.pre_attention(branch, out, residual=hidden, scale=flow.scale), True
+
+    def between(self, hidden: Tensor, branch: Tensor, lacking: bool) -> tuple[Tensor, Tensor]:
+        """After attention, whose result is ``branch``: the residual, and what the MLP gets."""
         if self.post_attention is not None:
             self.post_attention(branch, branch)
         # A fresh branch plays the residual, and hidden is added to it in place.
@@ -248,15 +256,17 @@ class FusedBlock:
             if scale != 1.0:
                 branch.mul_(scale)
             update, residual, scale = hidden, branch, 1.0
-        if self.pre_mlp is not None:
-            x = self.pre_mlp(update, torch.empty_like(update), residual=residual, scale=scale)
-        else:
-            x = residual.add_(update, alpha=scale)
-        branch = self.mlp(x)
+        if self.pre_mlp is None:
+            return residual, residual.add_(update, alpha=scale)
+        out = torch.empty_like(update)
+        return residual, self.pre_mlp(update, out, residual=residual, scale=scale)
+
+    def leave(self, residual: Tensor, branch: Tensor, flow: Flow) -> Tensor:
+        """After the MLP, whose result is ``branch``: the block's output."""
         if self.post_mlp is not None:
             branch = self.post_mlp(branch, torch.empty_like(branch))
-        if self.hands_on and self.flow.on:
-            return self.flow.give(residual, branch, self.multiplier)
+        if self.hands_on and flow.on:
+            return flow.give(residual, branch, self.multiplier)
         return torch.add(residual, branch, alpha=self.multiplier)
 
     def q_factor(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:

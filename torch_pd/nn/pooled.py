@@ -1,7 +1,7 @@
 """Decoder blocks, embedding and head over weights that a group of ranks shares."""
 
 import types
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from torch_pd import ops
 from torch_pd.nn import patch
 from torch_pd.nn.attention import Pass
 from torch_pd.nn.block import FusedAttention, FusedBlock, FusedMLP, Rotation
+from torch_pd.nn.halves import Halves, PooledBlock
 from torch_pd.nn.linear import linear, linear_in_parts
 from torch_pd.nn.patch import patch_state
 from torch_pd.nn.probe import put
@@ -54,6 +55,20 @@ class Shared:
         return y
 
 
+Steps = Generator[None, None, Tensor]
+"""A shipped part of a layer. It stops after each exchange and after what the weights' owners
+compute, and returns its result; whoever runs several in turn does so in one order on all ranks."""
+
+
+def finish(steps: Steps) -> Tensor:
+    """Runs what is left of them."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
 @dataclass
 class PooledAttention:
     """FusedAttention whose linears run on the shards' owners; keys and values stay here."""
@@ -84,16 +99,28 @@ class PooledAttention:
             qkv = shared.whole(fused.layer, "qkv", x, shard.full_qkv_bias)
             out = fused.attend(qkv, rotation, shard_heads=self.kv_heads)
             return shared.whole(fused.layer, "o", out, shard.o_bias)
-        rows, owner = shared.running.rows, self.kv_heads[exchange.rank] > 0
+        return finish(self.steps(exchange, x, rotation))
+
+    def steps(self, exchange: Exchange, x: Tensor, rotation: Rotation | None) -> Steps:
+        """The same with all ranks, in steps."""
+        fused, shard, rows = self.fused, self.shard, self.shared.running.rows
+        owner = self.kv_heads[exchange.rank] > 0
         gathered = exchange.gather(x, rows, self.qkv_widths)
+        yield
         part = x.new_empty(sum(rows), 0)
         if owner:
             part = linear(gathered, shard.qkv, shard.qkv_bias)
-        qkv = exchange.to_tokens(part, rows, self.qkv_widths).view(x.shape[0], -1)
+        yield
+        qkv = exchange.to_tokens(part, rows, self.qkv_widths)
+        yield
+        qkv = qkv.view(x.shape[0], sum(self.qkv_widths))
         out = fused.attend(qkv, rotation, shard_heads=self.kv_heads, blocked=True)
         part = exchange.to_owners(out, rows, self.out_widths)
+        yield
         part = linear(part, shard.o) if owner else gathered
+        yield
         y = exchange.scatter_sum(part, rows, self.out_widths)
+        yield
         return y if shard.o_bias is None else y.add_(shard.o_bias)
 
 
@@ -117,14 +144,21 @@ class PooledMLP:
             hidden = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
             ops.gated_act(gate_up, hidden, self.activation, shard_widths=self.widths)
             return shared.whole(self.layer, "down", hidden, shard.down_bias)
-        rows = shared.running.rows
+        return finish(self.steps(exchange, x))
+
+    def steps(self, exchange: Exchange, x: Tensor) -> Steps:
+        """The same with all ranks, in steps."""
+        shard, rows = self.shard, self.shared.running.rows
         part = exchange.gather(x, rows, self.widths)
+        yield
         if self.widths[exchange.rank] > 0:
             gate_up = linear(part, shard.gate_up, shard.gate_up_bias)
             hidden = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
             ops.gated_act(gate_up, hidden, self.activation)
             part = linear(hidden, shard.down)
+        yield
         y = exchange.scatter_sum(part, rows, self.widths)
+        yield
         return y if shard.down_bias is None else y.add_(shard.down_bias)
 
 
@@ -188,6 +222,9 @@ class PooledHead:
             )
             packed = exchange.to_tokens(part, rows, self.vocab)
             logits = unpack(packed, x.shape[0], self.vocab, out)
+            if out is not None and logits is not out:
+                # One rank has the whole head. Every graph would keep a tensor of its own.
+                logits = out.copy_(logits)
         return logits if self.bias is None else logits + self.bias
 
 
@@ -234,13 +271,16 @@ def pool_model(
     """
     state = patch_state(model)
     shared = Shared(state.running, weights, exchange, source)
+    halves = None
+    if exchange is not None:
+        halves = Halves(state.running, exchange, len(weights.layers) - 1)
     names = {id(module): name for name, module in model.named_modules()}
     modules = dict(model.named_modules())
     changes: list[tuple[nn.Module, str, object]] = []
     for path in state.paths:
         fused = modules[path.name].__dict__.get("_torch_pd")
         if isinstance(fused, FusedBlock):
-            block = _pooled_block(path.name, fused, shared)
+            block = _pooled_block(path.name, fused, shared, halves)
             changes.append((modules[path.name], "_torch_pd", block))
     if len(changes) != len(weights.layers):
         plain = next((path for path in state.paths if path.path == "attention"), None)
@@ -272,7 +312,9 @@ def pool_model(
     return model
 
 
-def _pooled_block(name: str, fused: FusedBlock, shared: Shared) -> FusedBlock:
+def _pooled_block(
+    name: str, fused: FusedBlock, shared: Shared, halves: Halves | None
+) -> PooledBlock:
     attention, mlp = fused.attention, fused.mlp
     assert isinstance(attention, FusedAttention), f"{name} is pooled already"
     if not isinstance(mlp, FusedMLP):
@@ -282,11 +324,11 @@ def _pooled_block(name: str, fused: FusedBlock, shared: Shared) -> FusedBlock:
         )
     layer = attention.layer
     shard, split = shared.weights.layers[layer], shared.weights.split[layer]
-    return replace(
-        fused,
-        attention=PooledAttention(attention, shared, shard, split.kv_heads),
-        mlp=PooledMLP(shared, layer, shard, split.mlp, mlp.activation),
-    )
+    own = {
+        "attention": PooledAttention(attention, shared, shard, split.kv_heads),
+        "mlp": PooledMLP(shared, layer, shard, split.mlp, mlp.activation),
+    }
+    return PooledBlock(**{**vars(fused), **own}, halves=halves)
 
 
 def _unpooled(model: nn.Module, reason: str) -> ValueError:

@@ -71,9 +71,8 @@ class Choice:
         stream = self.costs.stream(Step(most, rows, 0))
         graph = decoding and most <= self.graph_rows
         # Shipped, the linears of all rows are shared evenly; the exchanges wait for the most.
-        mean = Step(
-            -(-sum(tokens) // len(tokens)), -(-sum(selected) // len(selected)), 0, graph=graph
-        )
+        ranks = min(self.costs.ranks, len(tokens))
+        mean = Step(-(-sum(tokens) // ranks), -(-sum(selected) // ranks), 0, graph=graph)
         return stream, self.costs.ship(mean)
 
     def count(self, tokens: int) -> None:
