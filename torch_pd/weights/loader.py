@@ -307,7 +307,7 @@ def _load_by_transformers(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report, and refused below
             )
-    except (RuntimeError, OSError, KeyError, ImportError) as error:
+    except Exception as error:  # as read_config
         raise ValueError(f"{str(path)!r} cannot be loaded: {error}") from error
     loaded, report = result
     _refuse_wrong(path, loaded, report["mismatched_keys"], report["missing_keys"])
