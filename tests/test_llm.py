@@ -310,9 +310,7 @@ def test_one_call_runs_at_a_time(llm, tiny):
     with LLM(tiny, kv_cache_gib=0.01) as other:
         outputs = other.stream(TEXTS[:1], GREEDY)
         next(outputs)
-    with pytest.raises(
-        RuntimeError, match="it was shut down before the loop over its stream ended"
-    ):
+    with pytest.raises(RuntimeError, match="shut down before all outputs had come"):
         list(outputs)
 
 
@@ -502,6 +500,25 @@ def test_nan_logits_are_an_error_and_the_engine_goes_on(tiny):
             llm.generate([[7, 8], [9]], GREEDY, use_tqdm=False)
         weight.copy_(kept)
         assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == expected
+
+
+def test_two_llms_over_one_module(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    first, second = LLM(model, kv_cache_gib=0.01), LLM(model, kv_cache_gib=0.01, block_size=32)
+    expected = tokens_of(first.generate([[5, 6]], GREEDY, use_tqdm=False))
+    first.shutdown()
+    assert tokens_of(second.generate([[5, 6]], GREEDY, use_tqdm=False)) == expected
+    second.shutdown()
+    assert not is_patched(model)
+
+
+def test_shutdown_by_another_thread(tiny):
+    llm = LLM(tiny, kv_cache_gib=0.01)
+    timer = threading.Timer(0.05, llm.shutdown)
+    timer.start()
+    with pytest.raises(RuntimeError, match="shut down before all outputs had come"):
+        llm.generate([[5]] * 400, GREEDY, use_tqdm=False)
+    timer.join()
 
 
 def test_odd_eos_tokens(tiny):

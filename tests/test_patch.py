@@ -1,6 +1,7 @@
 """patch_model: logits, paths, restoring, refusals. Reference: transformers' own forward."""
 
 import copy
+import pickle
 import random
 
 import models
@@ -238,6 +239,30 @@ def test_storage_changes_while_patched():
     model.to(torch.bfloat16).to(torch.float32)
     want = reference(other.to(torch.bfloat16).to(torch.float32), prompts)
     assert error(Packed(model, prompts).run(64), want) < 1e-4
+
+
+def test_changes_of_a_patched_model_that_it_follows_or_refuses():
+    ids = torch.tensor([[3, 4, 5]])
+    model = patch_model(models.build("llama"))
+    attention = model.model.layers[0].self_attn
+    for weight in (attention.q_proj.weight, attention.k_proj.weight):
+        weight.data = weight.data * 1.5
+    got = model(ids).logits
+    half = model.half()(ids).logits
+    assert half.dtype == torch.float16
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(model)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="was set to 'sdpa'"):
+        model(ids)
+    unpatch_model(model)
+    assert (model.float()(ids).logits - got).abs().max() < 1e-2
+    patch_model(model)
+    attention.q_proj = torch.nn.Linear(*reversed(attention.q_proj.weight.shape))
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj was replaced after patch"):
+        model(ids)
+    with pytest.raises(TypeError, match="got NoneType"):
+        unpatch_model(None)
 
 
 def test_deep_copy_is_patched_by_itself():

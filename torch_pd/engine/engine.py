@@ -36,6 +36,7 @@ from torch_pd.nn.patch import (
     is_patched,
     new_pool,
     patch_model,
+    patch_state,
     unpatch_model,
 )
 from torch_pd.request import Logprob, RequestOutput, SamplingParams
@@ -98,14 +99,16 @@ class Engine:
         self.model = model
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self._lost = False  # the GPU failed
-        self._patched_here = not is_patched(model)
-        if self._patched_here:
-            patch_model(model, config)
+        before = is_patched(model)
+        state = patch_state(patch_model(model, config))
+        self._patched_here = not before or state.engines > 0
+        state.engines += self._patched_here
         try:
+            if before:
+                state.follow(model)
             self._set_up(model)
         except BaseException:
-            if self._patched_here:
-                unpatch_model(model)
+            self._unpatch(model)
             raise
 
     def _set_up(self, model: "PreTrainedModel") -> None:
@@ -465,11 +468,19 @@ class Engine:
         """On a GPU the whole ledger against the driver's count, else `memory_line`."""
         return memory_table(self)
 
+    def _unpatch(self, model: "PreTrainedModel") -> None:
+        """Restores the model if no caller has patched it and no other engine runs it."""
+        if self._patched_here and is_patched(model):
+            state = patch_state(model)
+            state.engines -= 1
+            if not state.engines:
+                unpatch_model(model)
+
     def shutdown(self) -> None:
         """Drops all requests, frees the pages, restores a model that was patched here."""
         self._drop_all()
-        if self._patched_here and not self._lost:
-            unpatch_model(self.model)
+        if not self._lost:
+            self._unpatch(self.model)
         if self.lockstep is not None:
             self.lockstep.leave()
         if self.streaming is not None:

@@ -5,6 +5,7 @@ them; `Joined` (joined.py) is this process's place among the ranks that torchrun
 requests in order of arrival from one queue, so a rank that is done takes more.
 """
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar, NoReturn, Protocol
@@ -100,6 +101,8 @@ class Single:
         self.engine = engine
         self._numbers = Numbers()
         self._closed = False
+        self._stepping = threading.RLock()
+        """Held during a step: another thread may shut down."""
 
     @property
     def limits(self) -> Limits:
@@ -110,13 +113,14 @@ class Single:
         self._numbers.begin(requests, stream)
         pending = set()
         try:
-            for request in requests:
-                engine.add(request, stream=stream)
-                pending.add(request.request_id)
+            with self._open():
+                for request in requests:
+                    engine.add(request, stream=stream)
+                    pending.add(request.request_id)
             while pending:
-                if self._closed:
-                    raise RuntimeError("it was shut down before the loop over its stream ended")
-                for output in engine.step():
+                with self._open():
+                    outputs = engine.step()
+                for output in outputs:
                     if output.finished:
                         pending.discard(output.request_id)
                     yield output
@@ -126,9 +130,17 @@ class Single:
                 engine.abort(request_id)
             self._numbers.end()
 
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        with self._stepping:
+            if self._closed:
+                raise RuntimeError("the LLM was shut down before all outputs had come")
+            yield
+
     def stats(self) -> dict[str, Any]:
         return self.engine.stats()
 
     def shutdown(self) -> None:
-        self._closed = True
-        self.engine.shutdown()
+        self._closed = True  # before the lock is waited for: the loop takes it again at once
+        with self._stepping:
+            self.engine.shutdown()

@@ -63,6 +63,7 @@ def forward(model: PreTrainedModel, *args, **kwargs) -> Any:
         ValueError: the model is in training mode, or an argument asks for what KV pages do not do.
     """
     state: PatchState = model.__dict__["_torch_pd"]
+    state.follow(model)
     given = _arguments(state, args, kwargs)
     if model.training:
         raise ValueError(

@@ -97,6 +97,19 @@ class MergedLinear:
         biased = self.linears[0].bias is not None
         self.bias = _merge([module.bias for module in self.linears]) if biased else None
 
+    def mend(self) -> None:
+        """Merges again if a module has other storage than the merged matrix has for it."""
+        torn = False
+        for own, merged in (("weight", self.weight), ("bias", self.bias)):
+            if merged is None or merged.is_meta:
+                continue
+            at = merged.data_ptr()
+            for parameter in (module._parameters[own] for module in self.linears):
+                torn |= parameter is None or parameter.data_ptr() != at
+                at += 0 if parameter is None else parameter.nbytes
+        if torn:
+            self.merge()
+
     def split(self) -> None:
         """Gives every module storage of its own again."""
         if len(self.linears) > 1:

@@ -1,12 +1,14 @@
 """patch_model and unpatch_model: a Hugging Face causal LM over KV pages, in place."""
 
+import copy
+import dataclasses
 import functools
 import inspect
 import itertools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch_pd.config import EngineConfig
 from torch_pd.context import Batch
 from torch_pd.kv.cache import BYTE_DTYPES, KVPool, page_shape
 from torch_pd.nn import block, generate, linear
-from torch_pd.nn.attention import AttentionCall, AttentionSlot, Pass
+from torch_pd.nn.attention import NAME, AttentionCall, AttentionSlot, Pass
 from torch_pd.nn.probe import (
     BLOCK_SIZE,
     LENGTHS,
@@ -67,6 +69,12 @@ class PatchState:
     """Of sequences, below the model's own maximum."""
     window: int = 0
     """The smallest sliding window of any layer, 0 if there is none."""
+    dtype: torch.dtype = torch.float32
+    """Of the model."""
+    parts: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    """Parents, names and modules inside the fused layers, which the blocks hold on to."""
+    engines: int = 0
+    """Engines that run the model, if one of them has patched it: the last one unpatches it."""
     flow: block.Flow = field(default_factory=block.Flow)
     paths: list[ModulePath] = field(default_factory=list)
     undo: list[Undo] = field(default_factory=list)
@@ -75,6 +83,47 @@ class PatchState:
     def takes_select(self) -> bool:
         """Whether the forward has logits_to_keep."""
         return "logits_to_keep" in self.signature.parameters
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """Keeps up with what was done to the model since it was patched (``half``, new Parameters).
+
+        Raises:
+            ValueError: it cannot, since a module or the attention function was replaced.
+        """
+        for parent, name, module in self.parts:
+            if parent._modules.get(name) is not module:
+                names = {id(other): path for path, other in model.named_modules()}
+                path = names.get(id(parent), type(parent).__name__)
+                raise ValueError(
+                    f"{path}.{name} was replaced after patch_model, which would go unnoticed: call "
+                    "torch_pd.unpatch_model before, and patch_model again after such a change"
+                )
+        used = model.config.get_text_config(decoder=True)._attn_implementation
+        if used != NAME:
+            raise ValueError(
+                f"the attention of a patched model was set to {used!r}; torch_pd.unpatch_model "
+                "gives the original back"
+            )
+        for module in model.modules():
+            fused = module.__dict__.get("_torch_pd")
+            if isinstance(fused, block.FusedBlock):
+                for merged in fused.merged():
+                    merged.mend()
+        if model.dtype != self.dtype:
+            if self.call.dtype == self.dtype:
+                self.call = dataclasses.replace(self.call, dtype=model.dtype)
+            self.dtype = model.dtype
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PatchState":
+        copied = memo[id(self)] = object.__new__(PatchState)
+        copied.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return copied
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a model patched by torch_pd cannot be pickled: call torch_pd.unpatch_model before, or "
+            "use save_pretrained"
+        )
 
     def kv_dtype(self, kv_cache_dtype: str | None = None) -> torch.dtype:
         """Of the keys and values in the pages."""
@@ -130,6 +179,7 @@ def patch_model(
             signature=inspect.signature(model.forward),
             limit=probe.limit,
             window=min((w for w in (layer.call.window for layer in probe.layers) if w), default=0),
+            dtype=model.dtype,
             undo=undo,
         )
         _patch_layers(model, state, probe)
@@ -154,7 +204,10 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         ValueError: the model is not patched.
+        TypeError: it is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unpatch_model takes a patched model, got {type(model).__name__}")
     _undo(patch_state(model).undo)
     return model
 
@@ -285,6 +338,8 @@ def _patch_layers(model: PreTrainedModel, state: PatchState, probe: Probe) -> No
                 _undo(undo_layer)
                 raise NotRecognised(remark)
             undo += undo_layer
+            for module in layer.modules():
+                state.parts += [(module, name, part) for name, part in module.named_children()]
         except NotRecognised as error:
             slot = AttentionSlot(state.running, index, call.window)
             put(undo, call.module, "_torch_pd", slot)
