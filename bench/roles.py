@@ -4,9 +4,10 @@
 
 Calls of more and more prompts, then fewer (random weights and prompts, fixed output length). Beside
 them a thread reads what the driver says of every GPU's memory, and how many bytes of KV pages are
-in use. The KV pool is allocated once, when a rank starts, so that addresses never change: the
-driver's figure is flat on every GPU; what moves is the use of the pool on data ranks. Without GPUs
-it runs on the CPU with ``--shape tiny`` and has no driver to ask.
+in use. The KV pools are elastic (``elastic_kv``), without prefix caching, since no prompt comes
+twice: the driver's figure is flat on parameter ranks and follows the load on data ranks. With
+``--set elastic_kv false`` it is flat on every GPU. Without GPUs it runs on the CPU with ``--shape
+tiny`` and has no driver to ask.
 """
 
 import argparse
@@ -93,7 +94,8 @@ def plot(path: Path, title: str, lines: dict[str, list[tuple[float, float]]]) ->
 
 
 def run(llm: LLM, args: argparse.Namespace, began: float) -> tuple[list[dict], list[tuple]]:
-    """The calls, one after the other; each one's figures, and (time, KV bytes of each rank)."""
+    """The calls, one after the other; each one's figures, and (time, KV pages in use and bytes
+    mapped of each rank)."""
     dice = random.Random(0)
     vocab = SHAPES[args.shape].vocab_size
     params = SamplingParams(temperature=0.0, max_tokens=args.output, ignore_eos=True)
@@ -101,7 +103,8 @@ def run(llm: LLM, args: argparse.Namespace, began: float) -> tuple[list[dict], l
 
     def look() -> list[int]:
         every = llm.stats()["ranks"]
-        kv.append((time.perf_counter(), [rank["kv_pages_used"] for rank in every]))
+        mapped = [rank.get("kv_mapped_bytes", 0) for rank in every]
+        kv.append((time.perf_counter(), [rank["kv_pages_used"] for rank in every], mapped))
         return kv[-1][1]
 
     for count in args.load:
@@ -141,7 +144,8 @@ def main() -> None:
     args = parser.parse_args()
     ranks = len(args.param_ranks) + len(args.data_ranks)
     folder = folder_of(args.shape, args.layers, args.max_len)
-    settings = {name: json.loads(value) for name, value in args.set}
+    settings = {"elastic_kv": True, "enable_prefix_caching": False}
+    settings |= {name: json.loads(value) for name, value in args.set}
     with LLM(
         folder, load_format="dummy", data_parallel_size=ranks, weights="pooled",
         remote_mode=args.mode, param_ranks=args.param_ranks, data_ranks=args.data_ranks, **settings,
@@ -165,7 +169,7 @@ def main() -> None:
             ]
         print("  ".join(f"{name} {shown(value)}" for name, value in call.items()), flush=True)
     for rank, each in enumerate(stats):
-        names = [name for name in each if name.startswith(("stream_", "ship_", "graph_"))]
+        names = [name for name in each if name.startswith(("stream_", "ship_", "graph_", "kv_"))]
         print(f"rank {rank}: {', '.join(f'{name} {each[name]:,.6g}' for name in names)}")
     lines: dict[str, list[tuple[float, float]]] = {}
     for rank in range(ranks):
@@ -175,7 +179,10 @@ def main() -> None:
                 (at - began, used[rank] / gib) for at, used in driver.samples
             ]
     for rank in range(ranks):
-        lines[f"rank {rank}, KV in use"] = [(at - began, p[rank] * page / gib) for at, p in kv]
+        lines[f"rank {rank}, KV in use"] = [(at - began, p[rank] * page / gib) for at, p, _ in kv]
+        if rank in args.data_ranks:
+            mapped = [(at - began, m[rank] / gib) for at, _, m in kv]
+            lines[f"rank {rank}, KV mapped"] = mapped
     if args.svg:
         names = f"weights on {args.param_ranks}, KV pages on {args.data_ranks}, {args.mode}"
         plot(args.svg, names, lines)

@@ -169,6 +169,9 @@ class EngineConfig:
         bounds="(0, 1048576]",
     )
     kv_cache_dtype: str = option("auto", "precision of KV pages", ("auto", "fp8", "int8"))
+    elastic_kv: bool = option(
+        False, "map the memory of KV pages as they are needed and give it back, see docs/design.md"
+    )
     host_kv_gib: float = option(
         0.0,
         "GiB of pinned host memory for KV pages: swapped sequences, prefixes, and the older pages "

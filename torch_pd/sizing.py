@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass
 
 GIB = 1 << 30
+MOST_CHUNK = 64 << 20
+"""Bytes that an elastic KV pool maps at once: the more, the longer a step waits for one, the fewer,
+the more calls of the driver."""
 LENT_ALIGN = 256
 """Bytes, of where a borrower's part of a lender's block begins."""
 
@@ -112,6 +115,11 @@ def lent_pages(page_bytes: int, gib: float, lenders: int, borrowers: int) -> int
     return lenders * pages
 
 
+def chunk_bytes(pool_bytes: int, unit: int) -> int:
+    """Bytes that an elastic pool of so many maps at once, a multiple of ``unit``."""
+    return min(MOST_CHUNK // unit * unit, max(unit, pool_bytes // 256 // unit * unit))
+
+
 def most_pages(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
     """Pages that ``max_num_seqs`` sequences of full length hold, and page 0."""
     return max_num_seqs * -(-max_model_len // block_size) + 1
@@ -186,8 +194,9 @@ class Ledger:
         remedies.append("use a larger GPU or a smaller model")
         raise ValueError(f"{text}; {', or '.join(remedies)}")
 
-    def table(self, kv_bytes: int, kv_text: str, used: int) -> str:
-        """All lines with the pages, and what the driver counts (``used`` bytes) against them."""
+    def table(self, kv_bytes: int, kv_text: str, used: int, unmapped: int = 0) -> str:
+        """All lines with the pages, and what the driver counts (``used`` bytes) against them.
+        ``unmapped``: bytes of the pages for which there is no memory yet."""
         rows = [*self.lines.items(), (f"KV pages ({kv_text})", kv_bytes)]
         planned = sum(size for _, size in rows)
         head = (
@@ -197,7 +206,7 @@ class Ledger:
         rest = self.budget - planned
         if rest > GIB // 100:
             body.append(f"  {rest / GIB:8.2f} GiB  not used (no sequence could fill more pages)")
-        residual = used - planned
+        residual = used - (planned - unmapped)
         body.append(
             f"  {residual / GIB:+8.2f} GiB  more than this in use by the driver's count "
             f"({residual / self.budget:+.2%} of the budget)"

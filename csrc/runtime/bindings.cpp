@@ -13,6 +13,7 @@ PYBIND11_MODULE(_runtime, m) {
   bind_host_memory(m);
   bind_migrator(m);
   bind_disk_file(m);
+  bind_elastic_memory(m);
   bind_peer_memory(m);
   bind_puller(m);
 }

@@ -5,13 +5,12 @@
 // killed in the middle of a copy, and the memory is freed when the last process has let go of it.
 // (After CUDA IPC, freeing an exported block that a peer has open is undefined.)
 //
-// The driver's functions are looked up when they are first needed, so the module loads without a
-// GPU. On the CPU the same is done with memfd and mmap, which Python has (peer.py).
+// On the CPU the same is done with memfd and mmap, which Python has (peer.py).
 #include "runtime/bindings.h"
-#include "runtime/cuda_call.h"
+#include "runtime/cuda_driver.h"
+#include "runtime/dlpack.h"
 
 #ifdef TORCH_PD_RUNTIME_CUDA
-#include <cuda.h>
 #include <unistd.h>
 
 #include <cstdint>
@@ -25,48 +24,6 @@ namespace torch_pd {
 
 namespace {
 
-template <typename Function>
-Function* driver(const char* name) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result{};
-  cuda_call("cudaGetDriverEntryPointByVersion",
-            cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result));
-  if (result != cudaDriverEntryPointSuccess || found == nullptr) {
-    throw std::runtime_error(std::string("the CUDA driver has no ") + name);
-  }
-  return reinterpret_cast<Function*>(found);
-}
-
-struct Driver {
-  decltype(cuMemCreate)* create = driver<decltype(cuMemCreate)>("cuMemCreate");
-  decltype(cuMemRelease)* release = driver<decltype(cuMemRelease)>("cuMemRelease");
-  decltype(cuMemAddressReserve)* reserve =
-      driver<decltype(cuMemAddressReserve)>("cuMemAddressReserve");
-  decltype(cuMemAddressFree)* free = driver<decltype(cuMemAddressFree)>("cuMemAddressFree");
-  decltype(cuMemMap)* map = driver<decltype(cuMemMap)>("cuMemMap");
-  decltype(cuMemUnmap)* unmap = driver<decltype(cuMemUnmap)>("cuMemUnmap");
-  decltype(cuMemSetAccess)* set_access = driver<decltype(cuMemSetAccess)>("cuMemSetAccess");
-  decltype(cuMemGetAllocationGranularity)* granularity =
-      driver<decltype(cuMemGetAllocationGranularity)>("cuMemGetAllocationGranularity");
-  decltype(cuMemExportToShareableHandle)* to_fd =
-      driver<decltype(cuMemExportToShareableHandle)>("cuMemExportToShareableHandle");
-  decltype(cuMemImportFromShareableHandle)* from_fd =
-      driver<decltype(cuMemImportFromShareableHandle)>("cuMemImportFromShareableHandle");
-  decltype(cuGetErrorString)* error_string = driver<decltype(cuGetErrorString)>("cuGetErrorString");
-
-  static const Driver& get() {
-    static const Driver functions;
-    return functions;
-  }
-};
-
-void driver_call(const char* what, CUresult status) {
-  if (status == CUDA_SUCCESS) return;
-  const char* text = nullptr;
-  Driver::get().error_string(status, &text);
-  throw std::runtime_error(std::string(what) + ": " + (text ? text : "unknown error"));
-}
-
 // Physical memory mapped at an address of its own for one device; freed when it is destroyed.
 class Mapping {
  public:
@@ -74,10 +31,7 @@ class Mapping {
     const Driver& cu = Driver::get();
     CudaDevice guard(device);
     cuda_call("cudaFree", cudaFree(nullptr));  // the context exists from here on
-    CUmemAllocationProp prop{};
-    prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-    prop.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
-    prop.location.id = device;
+    CUmemAllocationProp prop = memory_of(device);
     prop.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
     size_t unit = 0;
     driver_call("cuMemGetAllocationGranularity",
@@ -102,12 +56,8 @@ class Mapping {
       driver_call("cuMemAddressReserve", cu.reserve(&address_, size_, unit, 0, 0));
       driver_call("cuMemMap", cu.map(address_, size_, 0, handle_, 0));
       mapped_ = true;
-      CUmemAccessDesc access{};
-      access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
-      access.location.id = device;
-      access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
       driver_call("cuMemSetAccess (is the other GPU reachable over NVLink?)",
-                  cu.set_access(address_, size_, &access, 1));
+                  let_access(device, address_, size_));
     } catch (...) {
       clear();
       throw;
@@ -144,33 +94,6 @@ class Mapping {
   bool mapped_ = false;
 };
 
-// The part of DLPack (version 0) that is needed here. A tensor made this way belongs to the device
-// that reads it; asked for the device of the address, torch would name the owner's and run kernels
-// there.
-struct DLDevice {
-  int32_t type, id;
-};
-struct DLTensor {
-  void* data;
-  DLDevice device;
-  int32_t ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-struct DLManagedTensor {
-  DLTensor tensor;
-  void* context;
-  void (*deleter)(DLManagedTensor*);
-};
-
-struct Export {
-  DLManagedTensor managed{};
-  std::shared_ptr<Mapping> mapping;
-  int64_t shape = 0, stride = 1;
-};
-
 class PeerBlock {
  public:
   PeerBlock(int device, size_t nbytes, int fd)
@@ -181,29 +104,7 @@ class PeerBlock {
   int to_fd() const { return mapping_->to_fd(); }
 
   py::capsule dlpack() const {
-    auto* held = new Export;
-    held->mapping = mapping_;
-    held->shape = static_cast<int64_t>(nbytes_);
-    held->managed.context = held;
-    held->managed.deleter = [](DLManagedTensor* self) {
-      delete static_cast<Export*>(self->context);
-    };
-    held->managed.tensor = {reinterpret_cast<void*>(mapping_->address()),
-                            {2 /* CUDA */, mapping_->device()},
-                            1,
-                            1 /* unsigned */,
-                            8,
-                            1,
-                            &held->shape,
-                            &held->stride,
-                            0};
-    return py::capsule(&held->managed, "dltensor", [](PyObject* capsule) {
-      // Whoever took the tensor has renamed the capsule.
-      if (PyCapsule_IsValid(capsule, "dltensor")) {
-        auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-        managed->deleter(managed);
-      }
-    });
+    return to_dlpack(mapping_, mapping_->address(), nbytes_, mapping_->device());
   }
 
  private:

@@ -131,12 +131,24 @@ class Admission:
         every step."""
         return self._blocked[0] is seq and self.allocator.num_free <= self._blocked[1]
 
+    def _note_blocked(self, seq: Sequence) -> None:
+        """A sequence did not fit.
+
+        Raises:
+            RuntimeError: nothing else holds pages, and the pool cannot grow.
+        """
+        if not self.roster.num_running:
+            backing = self.allocator.backing
+            assert backing is not None, "a sequence that fits the pool alone must be admitted"
+            raise RuntimeError(f"a sequence of {len(seq.token_ids)} tokens: {backing.why_stuck()}")
+        self._blocked = (seq, self.allocator.num_free)
+
     def _first_pages(self, seq: Sequence) -> tuple[list[int], int] | None:
         """Pages for all tokens of a waiting sequence, and how many tokens are cached in them.
 
         None if too few pages are free; nothing is taken then.
         """
-        free, tables = self.allocator.num_free, self.roster.tables
+        tables = self.roster.tables
         crowded = self.roster.num_running > 0
         if crowded and self._did_not_fit(seq):
             return None
@@ -157,9 +169,9 @@ class Admission:
             total = hits + self.swapper.window
         revived = sum(self.allocator.refcount(page) == 0 for page in found)
         missing = total - len(found)
-        if missing + revived + (self.watermark if crowded else 0) > free:
-            assert crowded, "a sequence that fits the pool alone must be admitted when it is empty"
-            self._blocked = (seq, free)
+        spare = revived + (self.watermark if crowded else 0)
+        if not self.allocator.secure(missing, spare, insist=not crowded):
+            self._note_blocked(seq)
             return None
         if self.swapper is not None:
             pages, _ = self.swapper.tiers.take(digests, total)
@@ -193,7 +205,6 @@ class Admission:
             return None
         pages = self.swapper.swap_in(seq, self.watermark + running // 2 if running else 0)
         if pages is None:
-            assert running, "a sequence that fits the pool alone must be admitted when it is empty"
-            self._blocked = (seq, self.allocator.num_free)
+            self._note_blocked(seq)
             return None
         return pages, start

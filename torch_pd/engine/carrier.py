@@ -14,7 +14,7 @@ from torch_pd.kv.cache import KVPool
 from torch_pd.kv.disk import DiskTier
 from torch_pd.kv.host import HostPool
 from torch_pd.kv.migrate import Migrator
-from torch_pd.kv.moves import HOST
+from torch_pd.kv.moves import HOST, Waits
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.kv.tiers import Tiers
 
@@ -101,6 +101,12 @@ class Carrier:
         for moves in plan.moves:
             self.migrator.submit(moves)
         self.migrator.wait(plan.waits)
+
+    def finish(self) -> None:
+        """Waits for the moves under way."""
+        assert self.migrator is not None
+        self.migrator.finish(Waits(*self.migrator.given))
+        self.look()
 
     def wait_for_disk(self) -> None:
         """Waits until a disk job ends, if any is under way."""

@@ -30,10 +30,12 @@ from torch_pd.engine.sequence import Sequence, Status
 from torch_pd.engine.streaming import Streaming
 from torch_pd.engine.tickets import Ticket
 from torch_pd.engine.trial import PROMPT_LOGPROB_TOKENS
+from torch_pd.kv.elastic import ElasticPages
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.nn.patch import (
     device_of,
     is_patched,
+    kv_shape,
     new_pool,
     patch_model,
     patch_state,
@@ -117,9 +119,17 @@ class Engine:
         room = find_room(model, config, self.world, self.serving, self._stepping())
         self.ledger, self.lease = room.ledger, room.lease
         self.max_model_len = room.max_model_len
-        self.pool = new_pool(model, room.num_pages, config.block_size, config.kv_cache_dtype)
+        num_pages, form = room.num_pages, (config.block_size, config.kv_cache_dtype)
+        self.elastic: ElasticPages | None = None
+        if room.chunk:
+            page_bytes = kv_shape(model, *form).page_bytes
+            self.elastic = ElasticPages(num_pages, page_bytes, device, room.chunk)
+        records = None if self.elastic is None else self.elastic.records
+        self.pool = new_pool(model, num_pages, *form, records)
         self.allocator = PageAllocator(
-            room.num_pages, enable_prefix_caching=config.enable_prefix_caching
+            num_pages,
+            enable_prefix_caching=config.enable_prefix_caching,
+            backing=self.elastic,
         )
         self.carrier: Carrier | None = None
         costs = None
@@ -128,6 +138,8 @@ class Engine:
                 self.pool, self.allocator, config, room.host_pages, room.disk_pages, room.peers
             )
             num_params = sum(parameter.numel() for parameter in model.parameters())
+            if self.elastic is not None:
+                self.elastic.queue = self.carrier.tiers.queue
             costs = swap_costs(device.type, self.pool.page_bytes, num_params, not room.host_pages)
         self.scheduler = Scheduler(
             self.allocator,
@@ -313,6 +325,10 @@ class Engine:
         if not self._requests and (self.lockstep is None or self.group_idle):
             # In lockstep, waiting for a step here would keep the others waiting.
             self._drain()
+            if self.elastic is not None:
+                if self.carrier is not None:
+                    self.carrier.finish()
+                self.elastic.rest(self.allocator)
             self.scheduler.check()
         return outputs
 
@@ -370,6 +386,8 @@ class Engine:
             self.report.counts["synchronous_steps"] += launched.ticket.logits is not None
             self._under_way = None
             self._settle(launched, grown)
+        if self.elastic is not None:
+            self.elastic.step(self.allocator)
         if not plan.seqs and self._under_way is None:
             self.runner.tickets.rest()
             if self.streaming is not None and self.streaming.choice is not None:
@@ -494,6 +512,7 @@ class Engine:
             self.carrier = None  # its tensors would keep the memory
             self.lease.close()
         del self.runner, self.pool, self.model
+        self.elastic = None
         if device.type == "cuda" and not self._lost:
             # The next engine, of this process or another, counts what the driver says is free.
             torch.cuda.empty_cache()

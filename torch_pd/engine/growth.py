@@ -34,10 +34,10 @@ class Growth:
         if tables.forked[seq.row] and first < held:
             page = seq.pages[first]
             copy = page >= HOST_BITS or self.allocator.refcount(page) > 1
-        if missing + copy > self.allocator.num_free:
+        if not self.allocator.secure(missing + copy):
             if self.swapper is not None and self.swapper.is_large(end):
                 self._leave(self.swapper, seq, missing + copy, first)
-            if missing + copy > self.allocator.num_free:
+            if not self.allocator.secure(missing + copy):
                 return False
         tables.forked[seq.row] = False
         if copy:

@@ -64,6 +64,7 @@ class Report:
             "kv_tokens": allocator.num_usable * engine.config.block_size,
             "prefix_pages_looked_up": allocator.num_lookups,
             "prefix_pages_hit": allocator.num_hits,
+            **(engine.elastic.stats() if engine.elastic is not None else {}),
             **(choice.report() if choice is not None else {}),
             **_tier_stats(engine),
         }
@@ -124,9 +125,16 @@ def memory_table(engine: "Engine") -> str:
         return memory_line(engine)
     pool = engine.pool
     kv_bytes, used = pool.num_pages * pool.page_bytes, driver_bytes(pool.device)
-    return engine.ledger.table(kv_bytes, _kv_text(engine), used)
+    unmapped = 0
+    if engine.elastic is not None:
+        kv_bytes = engine.elastic.nbytes
+        unmapped = kv_bytes - engine.elastic.mapped_bytes
+    return engine.ledger.table(kv_bytes, _kv_text(engine), used, unmapped)
 
 
 def _kv_text(engine: "Engine") -> str:
     pages, block_size = engine.allocator.num_usable, engine.pool.block_size
-    return f"{pages} pages x {block_size} tokens = {pages * block_size:,} tokens"
+    text = f"{pages} pages x {block_size} tokens = {pages * block_size:,} tokens"
+    if engine.elastic is not None:
+        text += f", mapped on demand, {engine.elastic.mapped_bytes / GIB:.2f} GiB now"
+    return text

@@ -11,6 +11,7 @@ from torch_pd.engine.lender import lend_or_borrow
 from torch_pd.engine.memory import foresee
 from torch_pd.engine.stage import Stage
 from torch_pd.kv.disk import free_space
+from torch_pd.kv.elastic import chunk_of
 from torch_pd.kv.host import available_memory
 from torch_pd.kv.lease import Lease
 from torch_pd.nn.patch import device_of, kv_shape, max_length
@@ -47,6 +48,8 @@ class Room:
     peers: list[Any]
     """Pages on each peer."""
     max_model_len: int
+    chunk: int
+    """Bytes that the device's pool maps at once, 0 if it is allocated whole."""
 
     @property
     def under(self) -> int:
@@ -88,14 +91,19 @@ def find_room(
     if config.peer_kv_gib:
         assert world is not None
         ledger, lease = _lease(config, world, sum(serving), shape, ledger)
-    num_pages = _device_pages(config, shape, ledger, ranks)
+    chunk = 0
+    if config.elastic_kv and serves:
+        chunk = chunk_of(_kv_budget(config, ledger, ranks)[0], device)
+        if ledger is not None:
+            ledger = dataclasses.replace(ledger, lines=ledger.lines | {"KV filler": chunk})
+    num_pages = _device_pages(config, shape, ledger, ranks, max(1, chunk))
     host_pages = disk_pages = 0
     if serves:
         host_pages, disk_pages = _tiers(config, shape.page_bytes, ranks)
     else:
         num_pages = 2  # nobody's requests
     peers = [] if lease is None else lease.pages(shape.page_bytes)
-    room = Room(ledger, lease, num_pages, host_pages, disk_pages, peers, 0)
+    room = Room(ledger, lease, num_pages, host_pages, disk_pages, peers, 0, chunk)
     longest = min(most_len_pages, num_pages - 1 + room.under)
     if room.under and longest >= num_pages and config.kv_cache_gib is None:
         # Prefill gathers what lies on the host (engine/stage.py).
@@ -120,21 +128,29 @@ def find_room(
     return dataclasses.replace(room, num_pages=num_pages, max_model_len=max_model_len)
 
 
-def _device_pages(config: EngineConfig, shape: KVShape, ledger: Ledger | None, ranks: int) -> int:
-    """Pages of the device's pool before anything is cut from it."""
+def _kv_budget(config: EngineConfig, ledger: Ledger | None, ranks: int) -> tuple[int, str]:
+    """Bytes for the pages of the device's pool, and what says so."""
     if config.kv_cache_gib is not None:
-        budget, setting = int(config.kv_cache_gib * GIB), f"kv_cache_gib={config.kv_cache_gib}"
+        return int(config.kv_cache_gib * GIB), f"kv_cache_gib={config.kv_cache_gib}"
+    if ledger is not None:
+        return ledger.left, "the memory ledger"
+    return cpu_kv_bytes(available_memory()) // ranks, "40% of the available memory"
+
+
+def _device_pages(
+    config: EngineConfig, shape: KVShape, ledger: Ledger | None, ranks: int, chunk: int
+) -> int:
+    """Pages of the device's pool before anything is cut from it; its memory is whole chunks."""
+    budget, setting = _kv_budget(config, ledger, ranks)
+    if config.kv_cache_gib is not None:
         if ledger is not None:
-            ledger.check(budget, shape, setting)
+            ledger.check(-(-budget // chunk) * chunk, shape, setting)
         elif budget > 2 * shape.page_bytes:
             memory, name = available_memory() // ranks, "kv_cache_gib"
             tier_pages(shape.page_bytes, config.kv_cache_gib, memory, name, "host memory")
     elif ledger is not None:
         ledger.check(2 * shape.page_bytes, shape)
-        budget, setting = ledger.left, "the memory ledger"
-    else:
-        budget = cpu_kv_bytes(available_memory()) // ranks
-        setting = "40% of the available memory"
+        budget = budget // chunk * chunk
     return pages_of_budget(shape, budget, setting)
 
 

@@ -90,7 +90,8 @@ class Swapper:
         gpu = self.tiers.gpu
         found = gpu.peek(digests[left:])
         revived = sum(gpu.refcount(page) == 0 for page in found)
-        if total - left - len(found) + revived + reserve > gpu.num_free:
+        wanted = total - left - len(found)
+        if not gpu.secure(wanted, revived + reserve, insist=not reserve):
             return None
         entries = self.tiers.swap_in(saved, digests, total, left)
         self.tiers.read_in_place(entries[:left])

@@ -37,7 +37,8 @@ class KVPool:
     contiguous, so it moves as one copy; behind bytes lie the scales. ``pages [num_pages,
     num_layers, 2, block_size, num_kv_heads, head_dim]`` is the data as a view. Page 0 is never
     handed out: block tables are padded with it, and rows of padding read it. The contents of the
-    others start undefined.
+    others start undefined. ``records`` may be given, with memory under page 0 at least
+    (kv/elastic.py).
     """
 
     def __init__(
@@ -49,21 +50,23 @@ class KVPool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        records: Tensor | None = None,
     ) -> None:
         # A pool made under inference_mode could not be written outside of it later.
         self.shape = page_shape(num_layers, num_kv_heads, head_dim, dtype, block_size)
         with torch.inference_mode(False):
-            self.records = torch.empty(
-                (num_pages, self.shape.page_bytes), dtype=torch.uint8, device=device
-            )
+            if records is None:
+                sizes = (num_pages, self.shape.page_bytes)
+                records = torch.empty(sizes, dtype=torch.uint8, device=device)
+            self.records = records
             self.records[:1].zero_()
             data = self.records[:, : self.shape.data_bytes].view(dtype)
-            sizes = (num_layers, 2, block_size, num_kv_heads)
-            self.pages = data.unflatten(1, (*sizes, head_dim))
+            heads = (num_layers, 2, block_size, num_kv_heads)
+            self.pages = data.unflatten(1, (*heads, head_dim))
             scales = None
             if self.shape.scaled:
                 behind = self.records[:, self.shape.data_bytes :].view(torch.float32)
-                scales = behind.unflatten(1, sizes)
+                scales = behind.unflatten(1, heads)
         self._layers = [
             LayerCache(
                 self.pages[:, layer, 0],

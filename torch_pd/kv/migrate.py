@@ -49,6 +49,8 @@ class Migrator:
             self._firsts.append(first)
             first += len(pages)
         self._lanes = LANES if self.peers else 2
+        self.given = [0] * self._lanes
+        """By lane, the last tickets that were submitted."""
         cuda = self.device.type == "cuda"
         self._native = _runtime.Migrator(
             device=self.device.index if cuda else -1,
@@ -80,6 +82,7 @@ class Migrator:
         else:
             ticket = self._native.submit(moves.lane, pairs, moves.after, stream)
         assert ticket == moves.ticket, f"batch {moves.ticket} was submitted as number {ticket}"
+        self.given[moves.lane] = ticket
 
     def _copy(self, moves: Moves, pairs: np.ndarray) -> None:
         """Moves a batch by kernels, one for each pool that it touches."""

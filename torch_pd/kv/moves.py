@@ -161,6 +161,13 @@ class MoveQueue:
         came = self._host[False][host_page] <= self.done[self._lane(False, host_page)]
         return came and self.has_left(host_page)
 
+    def is_quiet(self, first: int) -> bool:
+        """Whether no move reads or writes a GPU page from ``first`` on."""
+        return all(
+            max(tickets[first:], default=0) <= done
+            for tickets, done in zip(self._gpu, self.done, strict=True)
+        )
+
     @property
     def in_flight(self) -> bool:
         """Whether moves were given that are not known to be complete."""

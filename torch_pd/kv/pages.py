@@ -7,8 +7,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from hashlib import blake2b
+from heapq import heappop, heappush
 from itertools import islice
 from struct import Struct
+from typing import Protocol
 
 
 class OutOfPages(ValueError):
@@ -38,6 +40,24 @@ def page_hashes(token_ids: Sequence[int], block_size: int, parent: bytes = b"") 
     return digests
 
 
+class Backing(Protocol):
+    """The memory of pages ``0 .. num_pages - 1``, which grows and shrinks (kv/elastic.py)."""
+
+    num_pages: int
+    """Pages that have memory."""
+    stuck: bool
+    """It could not grow when it was asked to last."""
+
+    def grow(self, num_pages: int, insist: bool = False) -> None:
+        """Gets memory for the first ``num_pages``, as far as there is any. Where that failed a
+        moment ago it is not tried again, unless the caller insists."""
+        ...
+
+    def why_stuck(self) -> str:
+        """What there is and what there is not, in words."""
+        ...
+
+
 class PageAllocator:
     """Reference counts of pages ``1 .. num_pages - 1``; page 0 pads block tables, nobody gets it.
 
@@ -52,10 +72,17 @@ class PageAllocator:
             nothing and ``lookup`` finds nothing.
         first_near: pages from this one on are nearer: of the free ones without content they are
             handed out first.
+        backing: gives the pages memory as they are handed out, the lowest first; by default all
+            have memory.
     """
 
     def __init__(
-        self, num_pages: int, *, enable_prefix_caching: bool = False, first_near: int | None = None
+        self,
+        num_pages: int,
+        *,
+        enable_prefix_caching: bool = False,
+        first_near: int | None = None,
+        backing: Backing | None = None,
     ) -> None:
         if num_pages < 2:
             raise ValueError(
@@ -73,10 +100,19 @@ class PageAllocator:
         holds it."""
         self._refcount = [0] * num_pages
         self.first_near = num_pages if first_near is None else first_near
-        # Free without content, far and near ones; taken from the end.
+        self.backing = backing
+        self.highest = 0
+        """With a backing: the highest page taken since the caller last set this."""
+        self.clock = 0
+        """With a backing: the caller's time, by which `evict_old` counts."""
+        # Free without content, far and near ones; taken from the end. With a backing: a heap.
         self._blank = list(range(self.first_near - 1, 0, -1))
         self._near = list(range(num_pages - 1, self.first_near - 1, -1))
-        self._cached: OrderedDict[int, None] = OrderedDict()  # free with content; oldest first
+        if backing is not None:
+            assert first_near is None, "pages with a backing have an order of their own"
+            self._blank.reverse()
+        self._cached: OrderedDict[int, int] = OrderedDict()
+        # Free with content, and when they were freed; oldest first.
         self._digest_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
 
@@ -87,18 +123,22 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        """Pages that ``allocate`` could hand out now, cached ones included."""
-        return len(self._blank) + len(self._near) + len(self._cached)
+        """Pages that ``allocate`` could hand out now, cached ones included; with a backing, if it
+        can grow."""
+        return self.num_blank + len(self._cached)
 
     @property
     def num_used(self) -> int:
         """Pages with a reference count above 0."""
-        return self.num_usable - self.num_free
+        return self.num_usable - len(self._blank) - len(self._near) - len(self._cached)
 
     @property
     def num_blank(self) -> int:
-        """Free pages without content."""
-        return len(self._blank) + len(self._near)
+        """Free pages without content; with a backing that cannot grow, those that have memory."""
+        blank = len(self._blank) + len(self._near)
+        if self.backing is not None and self.backing.stuck:
+            blank -= self.num_pages - self.backing.num_pages
+        return blank
 
     @property
     def num_cached(self) -> int:
@@ -116,6 +156,21 @@ class PageAllocator:
             raise ValueError(f"page {page} is none of 1..{self.num_pages - 1}")
         return self._refcount[page]
 
+    def secure(self, n: int, spare: int = 0, *, insist: bool = False) -> bool:
+        """Whether ``n`` pages can be handed out while ``spare`` more are free.
+
+        With a backing they have memory then, and all free ones have it before a cached one is
+        given up. ``insist``: nothing goes on without them, see `Backing.grow`.
+        """
+        if self.backing is None:
+            return n + spare <= self.num_free
+        # What has no memory is blank.
+        bare = self.num_pages - self.backing.num_pages
+        missing = min(n - (len(self._blank) - bare), bare)
+        if missing > 0 and n + spare <= len(self._blank) + len(self._cached):
+            self.backing.grow(self.backing.num_pages + missing, insist)
+        return n + spare <= self.num_free
+
     def allocate(self, n: int) -> list[int]:
         """``n`` pages with reference count 1, all or none.
 
@@ -125,26 +180,71 @@ class PageAllocator:
         """
         if n < 0:
             raise ValueError(f"cannot allocate {n} pages")
-        if n > self.num_free:
+        if not self.secure(n):
             raise OutOfPages(
                 f"{n} pages wanted, {self.num_free} of {self.num_usable} are free: "
                 "give the KV cache more memory or run fewer sequences"
             )
         pages = []
         for _ in range(n):
-            if self._near:
-                page = self._near.pop()
-            elif self._blank:
-                page = self._blank.pop()
-            else:
-                page, _ = self._cached.popitem(last=False)
-                digest = self._digest_of.pop(page)
-                del self._page_of[digest]
-                if self.on_evict is not None:
-                    self.on_evict(page, digest)
+            page = self._take_blank()
+            if not page:
+                page = next(iter(self._cached))
+                self._evict(page)
             self._refcount[page] = 1
             pages.append(page)
+        if self.backing is not None:
+            self.highest = max(self.highest, *pages, 0)
         return pages
+
+    def _take_blank(self) -> int:
+        """A free page without content that has memory, 0 if there is none."""
+        if self._near:
+            return self._near.pop()
+        if not self._blank:
+            return 0
+        if self.backing is None:
+            return self._blank.pop()
+        return heappop(self._blank) if self._blank[0] < self.backing.num_pages else 0
+
+    def _put_blank(self, page: int) -> None:
+        if page >= self.first_near:
+            self._near.append(page)
+        elif self.backing is None:
+            self._blank.append(page)
+        else:
+            heappush(self._blank, page)
+
+    def _evict(self, page: int) -> None:
+        """A cached page gives its content up; the caller puts it elsewhere."""
+        del self._cached[page]
+        digest = self._digest_of.pop(page)
+        del self._page_of[digest]
+        if self.on_evict is not None:
+            self.on_evict(page, digest)
+
+    def evict_old(self, first: int, before: int) -> None:
+        """Evicts the cached pages from ``first`` on that were freed before the clock said
+        ``before``."""
+        old = []
+        for page, freed in self._cached.items():
+            if freed >= before:
+                break
+            if page >= first:
+                old.append(page)
+        for page in old:
+            self._evict(page)
+            self._put_blank(page)
+
+    def last_used(self, *, cached: bool = True) -> int:
+        """The highest page that has a reference or, with ``cached``, content; 0 if none has. With a
+        backing. Looks at all pages above that have memory."""
+        assert self.backing is not None
+        refcount, digests = self._refcount, self._digest_of
+        page = self.backing.num_pages - 1
+        while page and not refcount[page] and not (cached and page in digests):
+            page -= 1
+        return page
 
     def fork(self, pages: Iterable[int]) -> None:
         """One more reference on each of ``pages``; ValueError, nothing changed, if one is free."""
@@ -178,9 +278,9 @@ class PageAllocator:
                 released.append(page)
         for page in released:
             if page in self._digest_of:
-                self._cached[page] = None
+                self._cached[page] = self.clock
             else:
-                (self._near if page >= self.first_near else self._blank).append(page)
+                self._put_blank(page)
 
     def publish(self, page: int, digest: bytes) -> bool:
         """Lets ``lookup`` find a held page by its content; the content must not change any more.
@@ -208,6 +308,7 @@ class PageAllocator:
         page = self._page_of[digest]
         if page in self._cached:
             self._cached.move_to_end(page)
+            self._cached[page] = self.clock
 
     def next_evicted(self, n: int) -> list[tuple[int, bytes]]:
         """(page, digest) of the ``n`` cached pages that are evicted next, in order."""
@@ -231,6 +332,8 @@ class PageAllocator:
             if self._refcount[page] == 0:
                 del self._cached[page]
             self._refcount[page] += 1
+        if self.backing is not None:
+            self.highest = max(self.highest, *pages, 0)
         if count:
             self.num_lookups += len(digests)
             self.num_hits += len(pages)
@@ -258,6 +361,9 @@ class PageAllocator:
         lost = sorted(set(range(1, self.num_pages)) - free.keys() - held.keys())
         assert not lost, f"pages neither free nor held: {lost}"
         assert len(free) + len(held) == self.num_usable, "a free list holds an unknown page"
+        if self.backing is not None:
+            bare = [page for page in (*held, *self._cached) if page >= self.backing.num_pages]
+            assert not bare, f"pages in use without memory: {bare}"
         published = {digest: page for page, digest in self._digest_of.items()}
         assert published == self._page_of, "the two maps of the prefix cache differ"
         misplaced = [

@@ -234,12 +234,15 @@ def new_pool(
     num_pages: int,
     block_size: int | None = None,
     kv_cache_dtype: str | None = None,
+    records: Tensor | None = None,
 ) -> KVPool:
-    """KV pages for a patched model, on its device; None is what it was patched with."""
+    """KV pages for a patched model, on its device; None is what it was patched with. ``records``:
+    the memory, see `KVPool`."""
     state = patch_state(model)
     shape = state.shape(block_size, kv_cache_dtype)
     sizes = (shape.num_layers, shape.block_size, shape.num_kv_heads, shape.head_dim)
-    return KVPool(num_pages, *sizes, state.kv_dtype(kv_cache_dtype), device_of(model))
+    dtype = state.kv_dtype(kv_cache_dtype)
+    return KVPool(num_pages, *sizes, dtype, device_of(model), records)
 
 
 @torch.no_grad()
