@@ -102,6 +102,7 @@ def large(
         kv_cache_gib=5.5 * gib,
         peer_kv_gib=(lent + 0.5) * gib,
         host_kv_gib=host and (host + 4.5) * gib,
+        elastic_kv=host > 0,  # the borrower's own pages; what is lent is there all along
         kv_cache_dtype=dtype,
         device=device,
     )

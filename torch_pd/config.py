@@ -170,7 +170,7 @@ class EngineConfig:
     )
     kv_cache_dtype: str = option("auto", "precision of KV pages", ("auto", "fp8", "int8"))
     elastic_kv: bool = option(
-        False, "map the memory of KV pages as they are needed and give it back, see docs/design.md"
+        False, "map the memory of KV pages when it is needed and give it back when it is not"
     )
     host_kv_gib: float = option(
         0.0,

@@ -7,6 +7,8 @@ GIB = 1 << 30
 MOST_CHUNK = 64 << 20
 """Bytes that an elastic KV pool maps at once: the more, the longer a step waits for one, the fewer,
 the more calls of the driver."""
+CHUNK_UNIT = 2 << 20
+"""Bytes that a chunk is a multiple of, on every GPU of today."""
 LENT_ALIGN = 256
 """Bytes, of where a borrower's part of a lender's block begins."""
 

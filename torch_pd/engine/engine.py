@@ -512,7 +512,8 @@ class Engine:
             self.carrier = None  # its tensors would keep the memory
             self.lease.close()
         del self.runner, self.pool, self.model
-        self.elastic = None
+        if self.elastic is not None:
+            self.elastic.close()
         if device.type == "cuda" and not self._lost:
             # The next engine, of this process or another, counts what the driver says is free.
             torch.cuda.empty_cache()

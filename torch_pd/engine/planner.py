@@ -14,7 +14,7 @@ from torch_pd.costs import Costs, Machine, ModelShape, Step
 from torch_pd.engine.footprint import CONTEXT_BYTES, dims_of, footprint
 from torch_pd.engine.rehearsal import Run, Work, rehearse
 from torch_pd.engine.shape import kv_shape_of, read_shape
-from torch_pd.sizing import GIB, lent_bytes, most_pages, pages_of_budget
+from torch_pd.sizing import CHUNK_UNIT, GIB, chunk_bytes, lent_bytes, most_pages, pages_of_budget
 
 MODES = ("replicate", "ship", "stream", "auto")
 _CLOSE = 1.02
@@ -335,6 +335,10 @@ def _plan_mode(
     most = most_pages(settings.max_num_seqs, longest, settings.block_size) * kv_shape.page_bytes
     if settings.kv_cache_gib is not None:
         most = int(settings.kv_cache_gib * GIB)
+    if settings.elastic_kv:
+        chunk = chunk_bytes(left, CHUNK_UNIT)
+        memory["KV filler"] = chunk
+        left = (left - chunk) // chunk * chunk
     left = min(left, most)
     missing = max(0, least - left)
     if missing:
