@@ -39,6 +39,7 @@ from transformers import Qwen3Config
 from torch_pd import LLM, SamplingParams
 from torch_pd.config import EngineConfig
 from torch_pd.context import Batch, GroupBatch
+from torch_pd.engine.halving import Halving
 from torch_pd.nn.attention import Pass
 from torch_pd.nn.halves import halve
 from torch_pd.nn.patch import forward_packed, new_pool, patch_state
@@ -344,6 +345,8 @@ def generate(args: argparse.Namespace) -> list[dict]:
     params = SamplingParams(temperature=0.0, max_tokens=args.output, ignore_eos=True)
     ranks = {} if dist.is_torchelastic_launched() else {"data_parallel_size": args.ranks}
     settings = {name: json.loads(value) for name, value in args.set}
+    if args.whole:
+        Halving.pays = lambda self, rows, kv_tokens: False  # type: ignore[method-assign]
     folder = folder_of(args.shape, args.layers, args.max_len)
     start = time.perf_counter()
     with LLM(folder, load_format="dummy", weights="pooled", **ranks, **settings) as llm:
@@ -377,7 +380,7 @@ def generate(args: argparse.Namespace) -> list[dict]:
                 f"{tokens / seconds:,.0f} tok/s, {row['kv_tokens']:,} KV tokens",
                 flush=True,
             )
-            names = ["steps", "graph_steps", "output_tokens", "preemptions"]
+            names = ["steps", "graph_steps", "halved_steps", "output_tokens", "preemptions"]
             names += ["device_idle_share", "step_seconds", "kv_tokens"]
             for rank, stats in enumerate(each):
                 names += [n for n in stats if n.startswith(("stream_", "ship_")) and n not in names]
@@ -429,6 +432,9 @@ def main() -> None:
         "--param-ranks", type=int, nargs="+", help="step: with the weights; the others have rows"
     )
     parser.add_argument("--halves", action="store_true", help="step: also as two half-batches")
+    parser.add_argument(
+        "--whole", action="store_true", help="generate, under torchrun: never in half-batches"
+    )
     parser.add_argument("--no-eager", action="store_true", help="graphs only")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
