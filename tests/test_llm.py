@@ -517,7 +517,7 @@ def test_shutdown_by_another_thread(tiny):
     timer = threading.Timer(0.05, llm.shutdown)
     timer.start()
     with pytest.raises(RuntimeError, match="shut down before all outputs had come"):
-        llm.generate([[5]] * 400, GREEDY, use_tqdm=False)
+        llm.generate([[5]], SamplingParams(max_tokens=500, ignore_eos=True), use_tqdm=False)
     timer.join()
 
 
