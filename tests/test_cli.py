@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import json
+import os
+import sys
 
 import pytest
 
@@ -142,3 +144,16 @@ def test_help_shows_defaults(capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["generate", "--help"])
     assert "default: 8192" in capsys.readouterr().out
+
+
+def test_output_that_cannot_be_written(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["info"]) == 1
+    assert "No space left" in one_error_line(capsys)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        assert main(["info"]) == 1
+    assert capsys.readouterr().err == ""

@@ -1,11 +1,12 @@
 """Command line: ``torch-pd`` (also ``python -m torch_pd``).
 
-Errors are one line, exit code 2; 1 if a rank died or failed.
+Errors are one line, exit code 2; 1 if a rank died or failed, or output cannot be written.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import sys
 import time
@@ -126,7 +127,7 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = list(args.prompt or [])
     if args.prompt_file:
         path = Path(args.prompt_file)
-        if not path.is_file():
+        if not path.exists() or path.is_dir():
             raise ValueError(f"--prompt-file {str(path)!r} is not a file")
         try:
             prompts += [line for line in path.read_text("utf-8").splitlines() if line.strip()]
@@ -357,11 +358,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _drop_output() -> None:
+    """What is left in stdout's buffer goes nowhere, or Python would fail again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()
+    except OSError as error:
+        _drop_output()
+        if not isinstance(error, BrokenPipeError):  # such as of `| head`: nothing to tell
+            print(f"torch-pd: error: {error}", file=sys.stderr)
+        return 1
     except (ValueError, TypeError, ImportError) as error:
         print(f"torch-pd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch_pd.config import EngineConfig
+from torch_pd.config import EngineConfig, as_float
 from torch_pd.costs import Costs, Machine, ModelShape, Step
 from torch_pd.engine.footprint import CONTEXT_BYTES, dims_of, footprint
 from torch_pd.engine.rehearsal import Run, Work, rehearse
@@ -183,7 +183,7 @@ def plan_settings(
     ):  # fmt: skip
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
-    if gpu_memory <= 0:
+    if as_float("gpu_memory", gpu_memory) <= 0:
         raise ValueError(f"gpu_memory must be > 0 GiB, got {gpu_memory}")
     if gpus % settings.weight_replicas:
         raise ValueError(
