@@ -345,16 +345,18 @@ def generate(args: argparse.Namespace) -> list[dict]:
     params = SamplingParams(temperature=0.0, max_tokens=args.output, ignore_eos=True)
     ranks = {} if dist.is_torchelastic_launched() else {"data_parallel_size": args.ranks}
     settings = {name: json.loads(value) for name, value in args.set}
-    if args.whole:
-        Halving.pays = lambda self, rows, kv_tokens: False  # type: ignore[method-assign]
     folder = folder_of(args.shape, args.layers, args.max_len)
     start = time.perf_counter()
     with LLM(folder, load_format="dummy", weights="pooled", **ranks, **settings) as llm:
         started = time.perf_counter() - start
         print(f"ready after {started:.1f} s", flush=True)
-        found = []
+        found, pays = [], Halving.pays
         for round in range(args.rounds):
             profile = None
+            if args.whole and round % 2:
+                Halving.pays = lambda self, rows, kv_tokens: False  # type: ignore[method-assign]
+            elif args.whole:
+                Halving.pays = pays  # type: ignore[method-assign]
             if args.profiled and round == args.rounds - 1 and dist.get_rank() == 0:
                 profile = Profile(args.profiled)
             start = time.perf_counter()
@@ -433,7 +435,7 @@ def main() -> None:
     )
     parser.add_argument("--halves", action="store_true", help="step: also as two half-batches")
     parser.add_argument(
-        "--whole", action="store_true", help="generate, under torchrun: never in half-batches"
+        "--whole", action="store_true", help="generate, torchrun: every second round without halves"
     )
     parser.add_argument("--no-eager", action="store_true", help="graphs only")
     parser.add_argument("--json", type=Path)
