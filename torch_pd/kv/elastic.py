@@ -130,7 +130,8 @@ class ElasticPages:
             self._retry_at = now + RETRY_S
             self.num_failures += 1
             if self.num_failures == 1:
-                logger.warning("%s", self.why_stuck())
+                again = f"It goes on with what it has and tries again every {RETRY_S:g} s"
+                logger.warning("%s. %s", self.why_stuck(), again)
 
     def why_stuck(self) -> str:
         """What there is and what there is not, in words."""
@@ -140,8 +141,7 @@ class ElasticPages:
         return (
             f"the KV pool cannot grow: {self.mapped_bytes / GIB:.2f} of {self.nbytes / GIB:.2f} "
             f"GiB are mapped, and {self._device} has no memory for {self.chunk / GIB:.3f} GiB more "
-            f"({free}somebody else has taken what was planned for KV pages). It goes on with what "
-            f"it has and tries again every {RETRY_S:g} s"
+            f"({free}somebody else has taken what was planned for KV pages)"
         )
 
     # Giving back.
