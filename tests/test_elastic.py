@@ -184,7 +184,7 @@ def test_a_window_gives_back_what_was_not_held_and_old_prefixes():
     allocator.check([first, more[:100]])
 
 
-@settings(max_examples=40, stateful_step_count=30, deadline=None)
+@settings(max_examples=30, stateful_step_count=30, deadline=None)
 class PoolMachine(RuleBasedStateMachine):
     """Sequences of pages with contents of their own, on a machine whose memory comes and goes."""
 
@@ -311,7 +311,7 @@ def run(model, prompts, params, calls=1, **config):
 @pytest.mark.parametrize("caching", [False, True])
 def test_tokens_are_those_of_a_pool_allocated_whole(model, gib, caching, monkeypatch):
     monkeypatch.setattr(elastic, "WINDOW", 5)
-    prompts, params = work(18, seed=int(caching))
+    prompts, params = work(12, seed=int(caching))
     config = {"kv_cache_gib": 60.5 * gib, "max_num_seqs": 8, "enable_prefix_caching": caching}
     expected, _, before = run(model, prompts, params, 2, **config)
     found, mapped, stats = run(model, prompts, params, 2, elastic_kv=True, **config)
@@ -326,7 +326,7 @@ def test_tokens_are_those_of_a_pool_allocated_whole(model, gib, caching, monkeyp
 
 def test_with_tiers(model, gib, tmp_path, monkeypatch):
     monkeypatch.setattr(elastic, "WINDOW", 5)
-    prompts, params = work(24, seed=1)
+    prompts, params = work(16, seed=1)
     expected, _, _ = run(model, prompts, params, kv_cache_gib=0.05)
     found, _, stats = run(
         model, prompts, params, elastic_kv=True, kv_cache_gib=14.5 * gib, host_kv_gib=24.5 * gib,
@@ -373,7 +373,7 @@ def scarce(monkeypatch, room):
 @pytest.mark.parametrize("host", [0, 24.5])
 def test_less_memory_than_planned_lets_sequences_give_way(model, gib, monkeypatch, caplog, host):
     monkeypatch.setattr(elastic, "RETRY_S", 0.001)
-    prompts, params = work(18, seed=3)
+    prompts, params = work(12, seed=3)
     config = {"kv_cache_gib": 60.5 * gib, "max_num_seqs": 8}
     expected, _, _ = run(model, prompts, params, **config)
     scarce(monkeypatch, int(20 * gib * GIB) // UNIT)
