@@ -9,16 +9,17 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
 from test_launch import gone
 
 from torch_pd import LLM, SamplingParams, launch
-from torch_pd.board import GroupError
+from torch_pd.board import Board, GroupError
 from torch_pd.config import EngineConfig
 from torch_pd.engine import spawned
-from torch_pd.engine.joined import _compare, _Inbox
+from torch_pd.engine.joined import Joined, _compare, _Inbox
 from torch_pd.engine.work import LOOK_AHEAD
 from torch_pd.launch import Ranks
 
@@ -223,8 +224,23 @@ def test_a_rank_never_waits_to_be_read():
     ]
     assert list(inbox.take(None)) == []
     there.close()
-    inbox.finish()
+    inbox.finish(Board("", 0, 1))
     here.close()
+
+
+def test_unlike_calls_are_refused():
+    first = Board("", 0, 2)
+    boards = [first, Board(first.name, 1, 2)]
+    ranks = [
+        types.SimpleNamespace(_world=types.SimpleNamespace(board=board, rank=rank))
+        for rank, board in enumerate(boards)
+    ]
+    for number, what in enumerate(("generate", "stats", "generate"), start=1):
+        for rank in ranks:
+            Joined._enter(rank, number, what, 3, 7)
+    Joined._enter(ranks[1], 4, "shutdown")
+    with pytest.raises(ValueError, match=r"ranks 0 and 1 .* not in the same call \(here: stats\)"):
+        Joined._enter(ranks[0], 4, "stats")
 
 
 def test_settings_that_cannot_work(tiny):

@@ -6,6 +6,7 @@ Our code reads no environment: under torchrun, torch's own ``env://`` does.
 import atexit
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +43,18 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values
+
+    def meet(self) -> None:
+        """Waits for all ranks. Collective.
+
+        Raises:
+            GroupError: a rank died or failed before it came.
+        """
+        work = dist.barrier(self.cpu_group, async_op=True)
+        while not work.is_completed():
+            self.board.check()
+            time.sleep(0.002)
+        work.wait()
 
     def leave(self) -> None:
         """Says goodbye on the board. The default process group stays: torchrun's store would not

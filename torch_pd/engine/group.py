@@ -65,11 +65,15 @@ class Numbers:
             "or close it; of several threads, let one make the calls"
         )
 
+    def next(self) -> int:
+        """The number of what all ranks do next."""
+        self.calls += 1
+        return self.calls
+
     def begin(self, requests: list[Request], stream: bool) -> Call:
         if not self._under_way.acquire(blocking=False):
             self._refuse()
-        self.calls += 1
-        call = Call(self.calls, requests, self.requests, stream)
+        call = Call(self.next(), requests, self.requests, stream)
         self.requests += len(requests)
         return call
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import queue
 import secrets
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 
-from torch_pd.board import GroupError, PeerLost
+from torch_pd.board import Board, GroupError, PeerLost
 from torch_pd.config import EngineConfig
 from torch_pd.dist import World, join_torchrun
 from torch_pd.engine.engine import Engine
@@ -92,15 +93,23 @@ class Joined:
         call = self._numbers.begin(requests, stream)
         try:
             with self._failing():
-                other = self._world.board.open(call.number, len(requests), call.digest())
-                if other is not None:
-                    raise ValueError(
-                        f"ranks {self._world.rank} and {other} were given different prompts or "
-                        "parameters; under torchrun all ranks call with the same ones"
-                    )
+                self._enter(call.number, "generate", len(requests), call.digest())
                 yield from self._lead(call) if self._world.rank == 0 else self._follow(call)
         finally:
             self._numbers.end()
+
+    def _enter(self, number: int, what: str, total: int = 0, digest: int = 0) -> None:
+        """Begins what all ranks do together; ValueError on (at least) the last rank to come if they
+        do different things."""
+        mine = f"{what} {digest}".encode()
+        digest = int.from_bytes(hashlib.blake2b(mine, digest_size=8).digest(), "little")
+        other = self._world.board.open(number, total, digest)
+        if other is not None:
+            raise ValueError(
+                f"ranks {self._world.rank} and {other} were given different prompts or parameters, "
+                f"or are not in the same call (here: {what}); under torchrun all ranks make the "
+                "same calls with the same arguments"
+            )
 
     def _lead(self, call: Call) -> Iterator[RequestOutput]:
         known = call.by_id()
@@ -225,20 +234,23 @@ class Joined:
     def stats(self) -> dict[str, Any]:
         self._numbers.check()
         with self._failing():
+            self._enter(self._numbers.next(), "stats")
             return sum_stats(self._world.all_gather(self._engine.stats()))
 
     def shutdown(self) -> None:
         torch.set_num_threads(self._threads)
         if self._own is None:
             return
-        self._own.shutdown()
-        self._own = None
-        if self._inbox is not None:
-            self._inbox.finish()  # once the others have closed their ends
-        for link in self._links.values():
-            link.close()
-        self._world.all_gather(None)  # all leave together, or the first would be missed
-        self._world.leave()
+        with self._failing():
+            self._enter(self._numbers.next(), "shutdown")
+            self._own.shutdown()
+            self._own = None
+            if self._inbox is not None:
+                self._inbox.finish(self._world.board)  # once the others have closed their ends
+            for link in self._links.values():
+                link.close()
+            self._world.meet()  # all leave together, or the first would be missed
+            self._world.leave()
 
 
 _GONE = object()
@@ -274,9 +286,11 @@ class _Inbox:
         except queue.Empty:
             return
 
-    def finish(self) -> None:
-        """Waits until all connections have ended."""
-        self._thread.join()
+    def finish(self, board: Board) -> None:
+        """Waits until all connections have ended; a GroupError if a rank fails before."""
+        while self._thread.is_alive():
+            self._thread.join(0.1)
+            board.check()
 
 
 def join(config: EngineConfig, given: bool, device: str) -> World:
