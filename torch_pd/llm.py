@@ -13,7 +13,7 @@ from torch_pd.dist import launched_by_torchrun
 from torch_pd.engine.device import resolve_device, warming
 from torch_pd.engine.inflight import Request
 from torch_pd.engine.limits import Limits
-from torch_pd.request import Prompt, RequestOutput, SamplingParams, parse_prompts
+from torch_pd.request import Prompt, RequestOutput, SamplingParams, parse_prompt, parse_prompts
 from torch_pd.weights.loader import load_tokenizer, resolve_format
 
 if TYPE_CHECKING:
@@ -216,7 +216,6 @@ class LLM:
             )
         if not messages:
             raise ValueError("messages is empty")
-        from jinja2 import TemplateError  # what transformers renders templates with
 
         conversations = [messages] if isinstance(messages[0], dict) else messages
         prompts = []
@@ -238,7 +237,8 @@ class LLM:
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,
                 )
-            except (TemplateError, TypeError) as error:
+                parse_prompt(text)
+            except Exception as error:  # a template is a program
                 raise ValueError(
                     f"conversation {i}: the chat template cannot take it: {error}"
                 ) from error

@@ -221,7 +221,7 @@ class Joined:
         """A rank that is gone, or failed, if a collective with it may have broken off: the error of
         the collective names a connection at most."""
         end = time.monotonic() + _SETTLE_S
-        while isinstance(error, RuntimeError) and not isinstance(error, GroupError):
+        while isinstance(error, (RuntimeError, OSError)) and not isinstance(error, GroupError):
             try:
                 self._world.board.check()
             except GroupError as cause:
