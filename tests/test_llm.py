@@ -338,7 +338,7 @@ def test_chat(llm):
         llm.chat([message, [{"role": "user", "content": None}]], GREEDY, use_tqdm=False)
     with pytest.raises(ValueError, match="cannot take it: division by zero"):
         llm.chat(message, GREEDY, use_tqdm=False, chat_template="{{ 1 / 0 }}")
-    with pytest.raises(ValueError, match="conversation 0: .* no valid Unicode text"):
+    with pytest.raises(ValueError, match=r"conversation 0: .* no valid Unicode text"):
         llm.chat([{"role": "user", "content": "\ud800"}], GREEDY, use_tqdm=False)
     for messages in ([message, []], [5], [message, "hi"]):
         with pytest.raises(ValueError, match="give a list of at least one message, got"):
