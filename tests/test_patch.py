@@ -27,7 +27,6 @@ from torch_pd.nn.patch import (
 )
 from torch_pd.nn.probe import batch_of
 
-torch.set_num_threads(1)
 LENGTHS = (33, 1, 20, 9)  # beyond every window of models.py
 
 
