@@ -10,23 +10,21 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
-from torch_pd.config import EngineConfig, as_int
+from torch_pd.config import EngineConfig
 from torch_pd.dist import World
 from torch_pd.engine.carrier import Carrier, swap_costs
-from torch_pd.engine.detokenizer import Detokenizer
 from torch_pd.engine.device import device_lost, keep_forever
-from torch_pd.engine.draw import derive_seed
-from torch_pd.engine.inflight import InFlight, Output, Request
+from torch_pd.engine.inflight import InFlight, Request
 from torch_pd.engine.limits import Limits
 from torch_pd.engine.lockstep import Lockstep
 from torch_pd.engine.prompt_rows import PromptRows, find_rows
 from torch_pd.engine.report import Report, memory_line, memory_table
+from torch_pd.engine.requests import Requests, eos_token_ids
 from torch_pd.engine.room import find_room
 from torch_pd.engine.runner import NONE, Runner
 from torch_pd.engine.sampler import Sampler
-from torch_pd.engine.sampling_row import SamplingRow, bad_logits
+from torch_pd.engine.sampling_row import bad_logits
 from torch_pd.engine.scheduler import Plan, Scheduler
-from torch_pd.engine.sequence import Sequence, Status
 from torch_pd.engine.streaming import Streaming
 from torch_pd.engine.tickets import Ticket
 from torch_pd.engine.trial import PROMPT_LOGPROB_TOKENS
@@ -41,15 +39,12 @@ from torch_pd.nn.patch import (
     patch_state,
     unpatch_model,
 )
-from torch_pd.request import Logprob, RequestOutput, SamplingParams
+from torch_pd.request import Logprob, RequestOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-ENOUGH = 32
-"""Outputs that must have ended before their mean length tells anything."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -155,7 +150,7 @@ class Engine:
             self._kv_tokens = min(
                 self.world.all_gather(self._kv_tokens if self.serves else 1 << 60)
             )
-        self.eos_token_ids = _eos_token_ids(model, self.tokenizer, self.vocab_size)
+        self.eos_token_ids = eos_token_ids(model, self.tokenizer, self.vocab_size)
         self.sampler = Sampler(self.vocab_size, self.eos_token_ids)
         self.runner = Runner(
             model,
@@ -182,14 +177,17 @@ class Engine:
                 assert self.streaming.choice is not None
                 self.streaming.choice.graph_rows = self.runner.graphs.sizes[-1]
         self.report = Report()
+        self.requests = Requests(
+            self.scheduler,
+            self.max_model_len,
+            self.tokenizer,
+            config.seed,
+            self.eos_token_ids,
+            self.report.counts,
+        )
         self.report.begin(self)
         if self.ledger is not None:
             logger.info("%s", self.memory_table())
-        self._requests: dict[str, InFlight] = {}
-        self._num_requests = 0
-        self._num_prompt_logprobs = 0
-        self._ended = 0, 0  # outputs, and their tokens
-        self._decoded: dict[int, str] = {}
         if self.lease is not None and self.world is not None:
             self.world.all_gather(self.limits)  # for those that only lend
 
@@ -221,73 +219,18 @@ class Engine:
             request: its request_id must not be in use.
             stream: report it from `step` whenever it grew, not only when it finished.
         """
-        if request.request_id in self._requests:
-            raise ValueError(f"request id {request.request_id!r} is in use")
-        params, ids = request.params, request.prompt_token_ids
-        seed = params.seed
-        if seed is None:
-            seed = derive_seed(self.config.seed, self._num_requests)
-        self._num_requests += 1
-        running = InFlight(request, seed, stream)
-        if not self._requests:
+        if not self.requests:
             self.report.begin(self)
-        limit = self.max_model_len
-        if params.max_tokens is not None:
-            limit = min(limit, len(ids) + params.max_tokens)
-        sequence = Sequence(
-            request.request_id,
-            ids,
-            max_total_len=limit,
-            expected_len=self._expected_len(params, len(ids), limit),
-            no_prefix_lookup=params.prompt_logprobs is not None,
-        )
-        self._new_output(running, sequence)
-        self.scheduler.add(sequence)
-        self._requests[request.request_id] = running
-        self._num_prompt_logprobs += running.prompt_logprobs is not None
-
-    def _expected_len(self, params: SamplingParams, prompt: int, limit: int) -> int | None:
-        """At how many tokens a request will probably end: at its limit if nothing else ends it,
-        else after as many as the earlier ones on the average; None while there are few of those."""
-        if params.ignore_eos and not params.stop and not params.stop_ids:
-            return limit
-        outputs, tokens = self._ended
-        return None if outputs < ENOUGH else min(limit, prompt + tokens // outputs)
+        self.requests.add(request, stream)
 
     def abort(self, request_id: str) -> None:
         """Drops a request with all its outputs; does nothing if it has finished."""
-        running = self._requests.get(request_id)
-        if running is not None:
-            for sequence in running.sequences:
-                self.scheduler.abort(sequence.seq_id)
-            self._forget(running)
+        self.requests.abort(request_id)
 
     @property
     def has_unfinished(self) -> bool:
         """True while a request waits or runs."""
-        return bool(self._requests)
-
-    def _new_output(self, running: InFlight, sequence: Sequence) -> None:
-        request = running.request
-        row = SamplingRow(
-            request.params,
-            request.prompt_token_ids,
-            seed=running.seed,
-            index=len(running.outputs),
-            request_id=request.request_id,
-        )
-        detokenizer = None
-        if self.tokenizer is not None and request.params.detokenize:
-            detokenizer = Detokenizer(
-                self.tokenizer, request.prompt_token_ids, request.params, stream=running.stream
-            )
-        sequence.data = output = Output(len(running.outputs), row, detokenizer)
-        running.outputs.append(output)
-        running.sequences.append(sequence)
-
-    def _forget(self, running: InFlight) -> None:
-        del self._requests[running.request.request_id]
-        self._num_prompt_logprobs -= running.prompt_logprobs is not None
+        return bool(self.requests)
 
     # Steps.
 
@@ -321,8 +264,8 @@ class Engine:
                 outputs.append(running.report())
             if finished:
                 self.report.counts["finished_requests"] += 1
-                self._forget(running)
-        if not self._requests and (self.lockstep is None or self.group_idle):
+                self.requests.forget(running)
+        if not self.requests and (self.lockstep is None or self.group_idle):
             # In lockstep, waiting for a step here would keep the others waiting.
             self._drain()
             if self.elastic is not None:
@@ -339,7 +282,7 @@ class Engine:
         for its choice (`choices.HOST`, prompt_logprobs) is waited for at once.
         """
         scheduler, budget = self.scheduler, self.config.max_num_batched_tokens
-        if self._num_prompt_logprobs:
+        if self.requests.num_prompt_logprobs:
             budget = min(budget, PROMPT_LOGPROB_TOKENS)
         scheduler.max_num_batched_tokens = budget
         if self.lockstep is not None:
@@ -355,7 +298,7 @@ class Engine:
         self.report.counts["preemptions"] += len(plan.preempted)
         grown: dict[str, InFlight] = {}
         launched = common = None
-        wanted = find_rows(plan, self._requests) if self._num_prompt_logprobs else []
+        wanted = find_rows(plan, self.requests.by_id) if self.requests.num_prompt_logprobs else []
         extra = np.concatenate([NONE, *(rows.places for rows in wanted)])
         if self.lockstep is not None:
             halving = self.runner.halving
@@ -363,7 +306,7 @@ class Engine:
                 plan.num_tokens,
                 plan.num_samples + len(extra),
                 decoding=plan.decodes and not len(extra),
-                busy=bool(self._requests),
+                busy=bool(self.requests),
                 halved=halving is not None and plan.decodes and halving.wants(plan),
             )
             self.group_idle = common is None
@@ -405,7 +348,7 @@ class Engine:
             at = plan.num_samples
             for rows in step.prompt_rows:
                 found = rows.logprobs(self.sampler, step.ticket.logits[at : at + rows.count])
-                rows.known.extend(self._named(entry) for entry in found)
+                rows.known.extend(self.requests.named(entry) for entry in found)
                 at += rows.count
             choosing = [seq.data.row for seq in sampled]
             logprobs = self.runner.choose(step.ticket, choosing).logprobs
@@ -416,13 +359,9 @@ class Engine:
             raise RuntimeError(error)
         self.scheduler.update(plan, tokens)
         for sequence, token, entry in zip(sampled, tokens, logprobs, strict=True):
-            if sequence.status not in (Status.RUNNING, Status.WAITING):
-                self.report.counts["wasted_rows"] += 1  # it ended while the step was under way
-                continue
-            running = self._requests[sequence.request_id]
-            grown[sequence.request_id] = running
-            self.report.counts["output_tokens"] += 1
-            self._advance(running, sequence, token, entry)
+            running = self.requests.advance(sequence, token, entry)
+            if running is not None:
+                grown[sequence.request_id] = running
 
     def _drain(self) -> None:
         """Waits for a step whose requests have all gone."""
@@ -436,41 +375,8 @@ class Engine:
         self._under_way = None
         self.runner.tickets.rest()
         self.scheduler.cancel_all()
-        for request_id in list(self._requests):
+        for request_id in list(self.requests.by_id):
             self.abort(request_id)
-
-    def _advance(
-        self, running: InFlight, sequence: Sequence, token: int, entry: dict[int, Logprob] | None
-    ) -> None:
-        """Records a new token of a sequence and ends it if it should."""
-        params, output = running.request.params, sequence.data
-        if running.first_token is None:
-            running.first_token = time.monotonic()
-            running.num_cached = sequence.num_cached
-            self.report.counts["prompt_tokens"] += sequence.num_prompt
-        if output.row.position == 0 and output.index == 0 and params.n > 1:
-            for child in self.scheduler.fork(sequence, params.n - 1):
-                self._new_output(running, child)
-        if entry is not None:
-            output.logprobs.append(self._named(entry))
-            output.total += entry[token].logprob
-        output.append(token, params, self.eos_token_ids, full=sequence.at_length_limit)
-        if output.reason is not None:
-            self.scheduler.finish(sequence)
-            running.unfinished -= 1
-            self._ended = self._ended[0] + 1, self._ended[1] + output.row.position
-
-    def _named(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
-        """The entry with decoded tokens, if there is a tokenizer."""
-        if self.tokenizer is None:
-            return entry
-        for token in entry:
-            if token not in self._decoded:
-                self._decoded[token] = str(self.tokenizer.decode([token]))
-        return {
-            token: Logprob(item.logprob, item.rank, self._decoded[token])
-            for token, item in entry.items()
-        }
 
     # Observation.
 
@@ -517,24 +423,3 @@ class Engine:
         if device.type == "cuda" and not self._lost:
             # The next engine, of this process or another, counts what the driver says is free.
             torch.cuda.empty_cache()
-
-
-def _eos_token_ids(model: "PreTrainedModel", tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """Tokens that end a text: of the generation config, the model config and the tokenizer. Those
-    past the vocabulary (a tokenizer may have more) are left out, since none is ever chosen.
-
-    Raises:
-        ValueError: an eos_token_id is neither an int nor a list of them.
-    """
-    found: list[int] = []
-    for source in (model.generation_config, model.config.get_text_config(), tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        listed = ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
-        try:
-            found += [as_int("eos_token_id", token) for token in listed]
-        except TypeError:
-            raise ValueError(
-                f"eos_token_id of {type(source).__name__} must be an int or a list of ints, got "
-                f"{ids!r}"
-            ) from None
-    return tuple(token for token in dict.fromkeys(found) if 0 <= token < vocab_size)

@@ -92,6 +92,14 @@ class InFlight:
         wanted = request.params.prompt_logprobs is not None
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = [None] if wanted else None
 
+    def begin(self, num_cached: int) -> bool:
+        """Notes that a token has come; True if it is the first."""
+        if self.first_token is not None:
+            return False
+        self.first_token = time.monotonic()
+        self.num_cached = num_cached
+        return True
+
     def report(self) -> RequestOutput:
         """The outputs so far, or the final ones."""
         request, finished = self.request, self.unfinished == 0
