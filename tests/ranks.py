@@ -1,5 +1,6 @@
 """Runs a function in several processes that form a group of torch.distributed."""
 
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -11,6 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# On the CPU a process is forked from a server that has imported what takes seconds.
+multiprocessing.set_forkserver_preload(
+    ["torch_pd.engine.joined", "transformers.models.llama.modeling_llama"]
+)
+
 
 def run_ranks(size: int, function: Callable, *args, device: str = "cpu") -> None:
     """``function(rank, *args)`` in ``size`` processes; an error in one is raised here.
@@ -21,7 +27,12 @@ def run_ranks(size: int, function: Callable, *args, device: str = "cpu") -> None
     """
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
-        mp.spawn(_main, (size, store, function, args, device, sys.path), nprocs=size)
+        mp.start_processes(
+            _main,
+            (size, store, function, args, device, sys.path),
+            nprocs=size,
+            start_method="forkserver" if device == "cpu" else "spawn",
+        )
 
 
 def _main(

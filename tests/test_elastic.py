@@ -11,6 +11,7 @@ import torch_pd._runtime as _runtime
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from ranks import run_ranks
 from test_llm_tiers import PAGE_GIB, tokens_of, work
 
 from torch_pd import LLM, SamplingParams
@@ -337,23 +338,27 @@ def test_with_tiers(model, gib, tmp_path, monkeypatch):
     assert stats["kv_mapped_bytes_most"] > 0
 
 
+def two_ranks(rank: int, tiny, config, prompts, params, expected) -> None:
+    for more in (
+        {},
+        {"weights": "pooled", "remote_mode": "auto", "param_ranks": [0], "data_ranks": [1]},
+    ):
+        with LLM(tiny, elastic_kv=True, **config, **more) as llm:
+            assert tokens_of(llm.generate(prompts, params, use_tqdm=False)) == expected, more
+            for other, stats in enumerate(llm.stats()["ranks"]):
+                holds = not more.get("data_ranks") or other in more["data_ranks"]
+                assert ("kv_mapped_bytes" in stats) == holds
+                if holds:
+                    assert stats["kv_mapped_bytes"] < stats["kv_mapped_bytes_most"]
+
+
 def test_two_ranks(tiny):
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     prompts = [[5 + i, 6, 7 + 3 * i] * (1 + i % 9) for i in range(23)]
     config = {"kv_cache_gib": 0.01, "max_model_len": 256, "max_num_batched_tokens": 64}
     with LLM(tiny, **config) as llm:
         expected = tokens_of(llm.generate(prompts, params, use_tqdm=False))
-    for more in (
-        {},
-        {"weights": "pooled", "remote_mode": "auto", "param_ranks": [0], "data_ranks": [1]},
-    ):
-        with LLM(tiny, data_parallel_size=2, elastic_kv=True, **config, **more) as llm:
-            assert tokens_of(llm.generate(prompts, params, use_tqdm=False)) == expected, more
-            for rank, stats in enumerate(llm.stats()["ranks"]):
-                holds = not more.get("data_ranks") or rank in more["data_ranks"]
-                assert ("kv_mapped_bytes" in stats) == holds
-                if holds:
-                    assert stats["kv_mapped_bytes"] < stats["kv_mapped_bytes_most"]
+    run_ranks(2, two_ranks, tiny, config, prompts, params, expected)
 
 
 def scarce(monkeypatch, room):

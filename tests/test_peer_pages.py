@@ -217,7 +217,7 @@ def test_a_lender_that_dies_ends_its_borrower(folder, gib, tmp_path):
     prompts, params = work(80, seed=1)
     expected = unlimited(folder, prompts, params)
     config = {"kv_cache_gib": 12.5 * gib, "peer_kv_gib": 20.5 * gib, "data_ranks": [0]}
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
     args = (sys.path, str(tmp_path / "store"), folder, config, theirs)
     ranks = [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from torch_pd import LLM, SamplingParams
@@ -59,30 +60,38 @@ def want(folder, work):
         return [output.outputs[0].token_ids for output in llm.generate(*work, use_tqdm=False)]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "settings"),
-    [
-        (2, {}),
-        (4, {"weight_replicas": 2}),
-        (3, {"weight_layout": "layer"}),
-        (3, {"param_ranks": [2, 0]}),
-    ],
-)
-def test_tokens_are_those_of_one_engine(folder, work, want, ranks, settings):
-    shared = {"data_parallel_size": ranks, "weights": "pooled", "remote_mode": "ship"}
-    with LLM(folder, **shared, **settings, **SETTINGS) as llm:
+def check(llm, work, want, width) -> None:
+    """Two calls give the tokens wanted; groups of ``width`` ranks step together."""
+    for _ in range(2):
+        outputs = llm.generate(*work, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == want
+    steps = [rank["steps"] for rank in llm.stats()["ranks"]]
+    for first in range(0, len(steps), width):
+        assert len(set(steps[first : first + width])) == 1, steps
+
+
+def test_tokens_are_those_of_one_engine(folder, work, want):
+    shared = {"data_parallel_size": 4, "weights": "pooled", "remote_mode": "ship"}
+    with LLM(folder, **shared, weight_replicas=2, **SETTINGS) as llm:
         # Leaving a call drops it on all ranks, whatever step they are in.
-        prompts, params = work
-        for output in llm.stream(prompts, params):
+        for output in llm.stream(*work):
             assert not output.finished or output.request_id
             break
-        for _ in range(2):
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            assert [output.outputs[0].token_ids for output in outputs] == want
-        steps = [rank["steps"] for rank in llm.stats()["ranks"]]
-        width = ranks // settings.get("weight_replicas", 1)
-        for first in range(0, ranks, width):
-            assert len(set(steps[first : first + width])) == 1, "a group's ranks step together"
+        check(llm, work, want, 2)
+
+
+def joined(rank: int, folder, work, want, cases) -> None:
+    """As under torchrun, one LLM after the other."""
+    for settings in cases:
+        with LLM(folder, weights="pooled", remote_mode="ship", **settings, **SETTINGS) as llm:
+            check(llm, work, want, len(llm.stats()["ranks"]))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"), [(2, [{}]), (3, [{"weight_layout": "layer"}, {"param_ranks": [2, 0]}])]
+)
+def test_tokens_of_joined_ranks_are_those_of_one_engine(folder, work, want, ranks, cases):
+    run_ranks(ranks, joined, folder, work, want, cases)
 
 
 def check_halves(monkeypatch, folder, work, want, ranks, device="cpu", killed=None, **settings):

@@ -10,22 +10,27 @@ from torch_pd.engine.inflight import Request
 from torch_pd.engine.work import Call, run
 from torch_pd.engine.worker import make_engine
 
+APART = {"param_ranks": [0, 2], "data_ranks": [1, 3]}
 
-@pytest.mark.parametrize("mode", ["stream", "ship"])
-def test_weights_on_some_ranks_and_pages_on_the_others(folder, work, want, mode):  # noqa: F811
-    apart = {"param_ranks": [0, 2], "data_ranks": [1, 3]}
-    shared = {"data_parallel_size": 4, "weights": "pooled", "remote_mode": mode}
-    with LLM(folder, **shared, **apart, **SETTINGS) as llm:
-        for _ in range(2):
-            outputs = llm.generate(*work, use_tqdm=False)
-            assert [output.outputs[0].token_ids for output in outputs] == want
-        ranks = llm.stats()["ranks"]
-        made = [rank["output_tokens"] for rank in ranks]
-        assert made[0] == made[2] == 0
-        assert made[1] + made[3] == 2 * sum(map(len, want))
-        assert [rank["kv_pages"] for rank in ranks][::2] == [1, 1]
-        if mode == "stream":
-            assert ranks[0]["steps"] == 0
+
+def check_apart(llm, work, want, mode) -> None:  # noqa: F811
+    """The tokens wanted, of the data ranks alone."""
+    for _ in range(2):
+        outputs = llm.generate(*work, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == want
+    ranks = llm.stats()["ranks"]
+    made = [rank["output_tokens"] for rank in ranks]
+    assert made[0] == made[2] == 0
+    assert made[1] + made[3] == 2 * sum(map(len, want))
+    assert [rank["kv_pages"] for rank in ranks][::2] == [1, 1]
+    if mode == "stream":
+        assert ranks[0]["steps"] == 0
+
+
+def test_weights_on_some_ranks_and_pages_on_the_others(folder, work, want):  # noqa: F811
+    shared = {"data_parallel_size": 4, "weights": "pooled", "remote_mode": "stream"}
+    with LLM(folder, **shared, **APART, **SETTINGS) as llm:
+        check_apart(llm, work, want, "stream")
 
 
 @pytest.mark.parametrize(
@@ -43,25 +48,35 @@ def test_sets_of_ranks_that_cannot_be(folder, sets, message):  # noqa: F811
         LLM(folder, data_parallel_size=3, weights="pooled", **sets, **SETTINGS)
 
 
+def check(llm, work, want, mode) -> None:  # noqa: F811
+    prompts, params = work
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in outputs] == want
+    stats = llm.stats()
+    if mode == "auto":
+        assert stats["stream_steps"] + stats["ship_steps"] > 0
+        total = sum(len(p) for p in prompts) + sum(len(tokens) - 1 for tokens in want)
+        assert stats["stream_tokens"] + stats["ship_tokens"] == total
+
+
+def joined(rank: int, folder, work, want, cases) -> None:  # noqa: F811
+    """As under torchrun, one LLM after the other."""
+    for settings in cases:
+        with LLM(folder, weights="pooled", **settings, **SETTINGS) as llm:
+            apart = "data_ranks" in settings
+            (check_apart if apart else check)(llm, work, want, settings["remote_mode"])
+
+
 @pytest.mark.parametrize(
-    ("ranks", "settings"),
+    ("ranks", "cases"),
     [
-        (2, {"remote_mode": "stream", "ring_gib": 0.0003}),
-        (4, {"remote_mode": "auto", "weight_replicas": 2}),
-        (3, {"remote_mode": "auto", "weight_layout": "layer"}),
+        (2, [{"remote_mode": "stream", "ring_gib": 0.0003}]),
+        (3, [{"remote_mode": "auto", "weight_layout": "layer"}]),
+        (4, [{"remote_mode": "auto", "weight_replicas": 2}, {"remote_mode": "ship", **APART}]),
     ],
 )
-def test_tokens_are_those_of_one_engine(folder, work, want, ranks, settings):  # noqa: F811
-    shared = {"data_parallel_size": ranks, "weights": "pooled"}
-    with LLM(folder, **shared, **settings, **SETTINGS) as llm:
-        prompts, params = work
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        assert [output.outputs[0].token_ids for output in outputs] == want
-        stats = llm.stats()
-        if settings["remote_mode"] == "auto":
-            assert stats["stream_steps"] + stats["ship_steps"] > 0
-            total = sum(len(p) for p in prompts) + sum(len(tokens) - 1 for tokens in want)
-            assert stats["stream_tokens"] + stats["ship_tokens"] == total
+def test_tokens_are_those_of_one_engine(folder, work, want, ranks, cases):  # noqa: F811
+    run_ranks(ranks, joined, folder, work, want, cases)
 
 
 def in_turns(rank: int, path, prompts, params, want) -> None:  # noqa: F811
@@ -97,11 +112,15 @@ def test_streaming_and_shipping_in_turns(folder, work, want):  # noqa: F811
     run_ranks(3, in_turns, folder, *work, want)
 
 
-def test_too_small_a_ring(folder):  # noqa: F811
+def too_small(rank: int, folder) -> None:  # noqa: F811
     with pytest.raises(
         ValueError, match=r"ring_gib=.* is too small for the largest matrix of [0-9,]+ bytes; give"
     ):
-        LLM(folder, data_parallel_size=2, weights="pooled", ring_gib=0.00005, **SETTINGS)
+        LLM(folder, weights="pooled", ring_gib=0.00005, **SETTINGS)
+
+
+def test_too_small_a_ring(folder):  # noqa: F811
+    run_ranks(2, too_small, folder)
 
 
 def test_a_ring_needs_streaming():
