@@ -1,5 +1,8 @@
-"""Guarded tensors and pools on the device, and the error flag, for the tests in this folder."""
+"""Guarded tensors and pools on the device, the error flag, and moves, for the tests here."""
 
+from collections.abc import Callable
+
+import numpy as np
 import reference
 import torch
 from hypothesis import settings
@@ -8,6 +11,8 @@ from reference import FLOAT8, INT8
 from torch import Tensor
 
 from torch_pd import ops
+from torch_pd.kv.migrate import Migrator
+from torch_pd.kv.moves import MoveQueue, Waits
 
 DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -80,3 +85,53 @@ def random_slots(pool: reference.Pool, num_tokens: int, generator: torch.Generat
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8).cpu(), b.contiguous().view(torch.uint8))
+
+
+# --- moves ---
+
+
+def move_in_order(
+    gpu: Tensor, under: Callable[[], Tensor], queue: MoveQueue, migrator: Migrator, steps: int
+) -> None:
+    """Random moves beside kernels that write pages right before they move out and read them right
+    after they came in; a slow kernel ahead makes every missing wait visible.
+
+    Args:
+        gpu: uint8 [pages, page_bytes].
+        under: the pages under it, as a copy on the CPU.
+    """
+    (pages, page_bytes), want_gpu, want_under = gpu.shape, gpu.cpu(), under()
+    rng = np.random.default_rng(page_bytes)
+    slow = torch.randn(2048, 2048, device=gpu.device)
+    seen = []
+    for _ in range(steps):
+        for _ in range(rng.integers(0, 8)):
+            g, h = int(rng.integers(0, pages)), int(rng.integers(0, len(want_under)))
+            if rng.random() < 0.5:
+                queue.move_out(g, h)
+                want_under[h] = want_gpu[g]
+            else:
+                queue.move_in(h, g)
+                want_gpu[g] = want_under[h]
+        read, written = rng.choice(pages, 2, replace=False).tolist()
+        queue.compute_on([read, written])
+        batches, waits = queue.take()
+        for moves in batches:
+            migrator.submit(moves)
+        migrator.wait(waits)
+        seen.append((gpu[read].clone(), want_gpu[read].clone()))
+        for _ in range(3):
+            slow = (slow @ slow).clamp_(-1, 1)
+        value = int(rng.integers(255))
+        gpu[written].fill_(value)
+        want_gpu[written] = value
+        if rng.random() < 0.3:
+            queue.done = migrator.done()
+    migrator.finish(Waits(*(n - 1 for n in queue._next)))
+    torch.cuda.synchronize()
+    for found, wanted in seen:
+        assert torch.equal(found.cpu(), wanted)
+    assert torch.equal(gpu.cpu(), want_gpu)
+    assert torch.equal(under(), want_under)
+    queue.done = migrator.done()
+    assert not queue.in_flight

@@ -3,10 +3,10 @@
 import os
 
 import models
-import numpy as np
 import pytest
 import torch
 import torch_pd._runtime as _runtime
+from device_pools import move_in_order
 from ranks import run_ranks
 from test_llm_tiers import PAGE_GIB, tokens_of, work
 from test_peer_pages import LONG, SIZES, check, folder, large, long_prompts  # noqa: F401
@@ -15,7 +15,7 @@ from torch_pd import LLM
 from torch_pd.engine.memory import driver_bytes
 from torch_pd.kv.host import HostPool
 from torch_pd.kv.migrate import Migrator
-from torch_pd.kv.moves import MoveQueue, Waits
+from torch_pd.kv.moves import MoveQueue
 from torch_pd.nn.patch import kv_shape, patch_model
 
 pytestmark = [
@@ -27,9 +27,7 @@ GPU = SIZES | {"device": "cuda"}
 
 @pytest.mark.parametrize("page_bytes", [48, 96 << 10, 1 << 20])
 def test_moves_and_kernels_in_order(page_bytes):
-    """As on one GPU, with pages of the host and of a peer: kernels write pages right before they
-    move out and read them right after they came in."""
-    rng = np.random.default_rng(page_bytes)
+    """As on one GPU, with pages of the host and of a peer."""
     pages, lent = 12, 9
     gpu = torch.randint(0, 255, (pages, page_bytes), dtype=torch.uint8, device="cuda:0")
     host = HostPool(pages, page_bytes, gpu.device)
@@ -38,41 +36,8 @@ def test_moves_and_kernels_in_order(page_bytes):
     peer = torch.from_dlpack(_runtime.PeerBlock(0, lent * page_bytes, fd).dlpack())
     os.close(fd)
     peer = peer.view(lent, page_bytes).random_(0, 255)
-    want_gpu, want_under = gpu.cpu(), torch.cat([host.pages, peer.cpu()])
     queue, migrator = MoveQueue(pages, pages + lent, pages), Migrator(gpu, host, [peer])
-    slow = torch.randn(2048, 2048, device="cuda:0")
-    seen = []
-    for _ in range(80):
-        for _ in range(rng.integers(0, 8)):
-            g, h = int(rng.integers(0, pages)), int(rng.integers(0, pages + lent))
-            if rng.random() < 0.5:
-                queue.move_out(g, h)
-                want_under[h] = want_gpu[g]
-            else:
-                queue.move_in(h, g)
-                want_gpu[g] = want_under[h]
-        read, written = rng.choice(pages, 2, replace=False).tolist()
-        queue.compute_on([read, written])
-        batches, waits = queue.take()
-        for moves in batches:
-            migrator.submit(moves)
-        migrator.wait(waits)
-        seen.append((gpu[read].clone(), want_gpu[read].clone()))
-        for _ in range(3):
-            slow = (slow @ slow).clamp_(-1, 1)
-        value = int(rng.integers(255))
-        gpu[written].fill_(value)
-        want_gpu[written] = value
-        if rng.random() < 0.3:
-            queue.done = migrator.done()
-    migrator.finish(Waits(*(n - 1 for n in queue._next)))
-    torch.cuda.synchronize()
-    for found, wanted in seen:
-        assert torch.equal(found.cpu(), wanted)
-    assert torch.equal(gpu.cpu(), want_gpu)
-    assert torch.equal(torch.cat([host.pages, peer.cpu()]), want_under)
-    queue.done = migrator.done()
-    assert not queue.in_flight
+    move_in_order(gpu, lambda: torch.cat([host.pages, peer.cpu()]), queue, migrator, 80)
     del migrator
     host.release()
 
