@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass
 
 from torch_pd.board import PeerLost
-from torch_pd.launch import Phase, Ranks
+from torch_pd.child import Phase
+from torch_pd.launch import Ranks
 
 
 def echo(link, rank):

@@ -5,8 +5,6 @@ that never imports the caller's script, so the script needs no ``__main__`` guar
 the parent over a socket pair: no ports, no files. It dies with the parent, whatever kills that.
 """
 
-import ctypes
-import importlib
 import logging
 import os
 import queue
@@ -17,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -25,6 +22,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from torch_pd.board import GroupError
+from torch_pd.child import BOOT, Fault, Phase
 
 logger = logging.getLogger(__name__)
 
@@ -36,57 +34,6 @@ _SETTLE_S = 0.3
 """Time in which the first rank to fall takes others with it; then the cause is looked for."""
 _STOP_S = 5.0
 """Time to end in peace."""
-_USUAL = (ValueError, TypeError, ImportError)
-"""Errors that tell the user what to change; they keep their type on the way to the parent."""
-_BOOT = """
-import os, sys
-from multiprocessing.connection import Connection
-link = Connection(int(sys.argv[1]))
-sys.path[:] = link.recv()
-from torch_pd.launch import run_child
-run_child(link, int(sys.argv[2]))
-"""
-
-
-def run_child(link: Connection, parent: int) -> None:
-    """What a child does: calls the target that the parent names, reports an error if it raises."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    pr_set_pdeathsig = 1
-    if libc.prctl(pr_set_pdeathsig, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
-    target, args = link.recv()
-    module, name = target.split(":")
-    try:
-        getattr(importlib.import_module(module), name)(link, *args)
-    except BaseException as error:
-        secondary = isinstance(error, GroupError)
-        kind = next((usual for usual in _USUAL if isinstance(error, usual)), None)
-        text = f"{type(error).__name__}: {error}"
-        trace = "".join(traceback.format_exception(error))
-        fault = Fault(text, trace, kind, str(error), secondary, time.monotonic())
-        try:
-            link.send(fault)
-        except OSError:  # the parent is gone; there is nobody to tell
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # No clean-up: it could wait for ranks that are stuck in a collective without this one.
-        os._exit(1)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A child's last message: the error that ended it."""
-
-    text: str
-    trace: str
-    kind: type[Exception] | None
-    message: str
-    secondary: bool
-    """It only reports that another rank is gone."""
-    time: float
 
 
 def readable(link: Connection) -> bool:
@@ -94,10 +41,6 @@ def readable(link: Connection) -> bool:
     poll = select.poll()
     poll.register(link.fileno(), select.POLLIN)
     return bool(poll.poll(0))
-
-
-class Phase(str):
-    """A child's message while it starts: what it does now. See `Ranks.WAITING`."""
 
 
 @dataclass
@@ -230,7 +173,7 @@ class Ranks:
             ours, theirs = socket.socketpair()
             with theirs:
                 process = subprocess.Popen(
-                    [sys.executable, "-c", _BOOT, str(theirs.fileno()), str(os.getpid())],
+                    [sys.executable, "-c", BOOT, str(theirs.fileno()), str(os.getpid())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,  # Ctrl-C is for the parent, which decides

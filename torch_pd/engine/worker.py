@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from torch_pd.child import Phase
 from torch_pd.config import EngineConfig
 from torch_pd.dist import World, connect, free_port_store
 from torch_pd.engine.engine import Engine
 from torch_pd.engine.lender import Lender
 from torch_pd.engine.sharing import follow_plan, load_shared
 from torch_pd.engine.work import Call, pack, run
-from torch_pd.launch import Phase, Ranks, readable
+from torch_pd.launch import Ranks, readable
 from torch_pd.weights.loader import load_model, load_tokenizer
 
 if TYPE_CHECKING:
