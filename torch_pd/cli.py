@@ -71,10 +71,11 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     hints = typing.get_type_hints(EngineConfig)
     for field in dataclasses.fields(EngineConfig):
+        default = "" if field.default is None else f" (default: {field.default})"
         options: dict[str, Any] = {
             "dest": f"config_{field.name}",
             "default": argparse.SUPPRESS,
-            "help": f"{field.metadata['help']} (default: {field.default})".replace("%", "%%"),
+            "help": f"{field.metadata['help']}{default}".replace("%", "%%"),
             "type": _converter(hints[field.name]),
         }
         if options["type"] is parse_bool:

@@ -184,19 +184,25 @@ class EngineConfig:
         bounds="[0, 1048576]",
     )
     disk_kv_gib: float = option(
-        0.0, "GiB of disk for the KV pages of prefixes", bounds="[0, 1048576]"
+        0.0, "GiB of disk for the KV pages of prefixes and swapped sequences", bounds="[0, 1048576]"
     )
     disk_kv_path: str | None = option(None, "folder for KV pages on disk")
-    data_parallel_size: int = option(1, "ranks to spawn", bounds="[1, 16]")
+    data_parallel_size: int = option(
+        1, "ranks to start: a GPU each, or a share of the CPU's cores", bounds="[1, 16]"
+    )
     weights: str = option("auto", "where weights live", ("auto", "resident", "pooled"))
     weight_layout: str = option("shard", "how pooled weights are split", ("shard", "layer"))
     weight_replicas: int = option(1, "ranks that hold each shard", bounds="[1, inf)")
     remote_mode: str = option("auto", "how pooled weights are used", ("auto", "stream", "ship"))
     ring_gib: float | None = option(
-        None, "GiB of the ring cache of streamed weights", bounds="(0, 1048576]"
+        None, "GiB of the ring cache of streamed weights; default two layers", bounds="(0, 1048576]"
     )
-    param_ranks: tuple[int, ...] | None = option(None, "ranks that hold weights", bounds="[0, inf)")
-    data_ranks: tuple[int, ...] | None = option(None, "ranks that hold KV pages", bounds="[0, inf)")
+    param_ranks: tuple[int, ...] | None = option(
+        None, "ranks that hold weights; default all", bounds="[0, inf)"
+    )
+    data_ranks: tuple[int, ...] | None = option(
+        None, "ranks that hold KV pages and run requests; default all", bounds="[0, inf)"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
