@@ -1,12 +1,16 @@
 """LLM and engines whose ranks stream shared weights, alone or in turns with shipping."""
 
+import types
+
 import pytest
+import torch
 from ranks import run_ranks
 from test_pooled_llm import SETTINGS, folder, want, work  # noqa: F401
 
 from torch_pd import LLM, EngineConfig
 from torch_pd.dist import join_torchrun
 from torch_pd.engine.inflight import Request
+from torch_pd.engine.streaming import _check_ring
 from torch_pd.engine.work import Call, run
 from torch_pd.engine.worker import make_engine
 
@@ -124,6 +128,9 @@ def test_too_small_a_ring(folder):  # noqa: F811
 
 
 def test_a_ring_needs_streaming():
+    world = types.SimpleNamespace(device=torch.device("cpu"), size=2)
+    with pytest.raises(ValueError, match=r"ring_gib=1e\+06, but of host memory.* GiB are left"):
+        _check_ring(10**6 << 30, world)
     with pytest.raises(ValueError, match=r"ring_gib=1\.0 has no meaning with remote_mode='ship'"):
         EngineConfig(weights="pooled", remote_mode="ship", ring_gib=1)
     with pytest.raises(ValueError, match=r"ring_gib=.*weights='pooled'"):

@@ -9,6 +9,7 @@ from torch_pd.config import EngineConfig
 from torch_pd.costs import Costs, ModelShape
 from torch_pd.dist import World
 from torch_pd.engine.lockstep import CommonStep
+from torch_pd.kv.host import available_memory
 from torch_pd.peer import PeerMemory, check_links
 from torch_pd.sizing import GIB
 from torch_pd.weights.choice import Choice
@@ -72,6 +73,18 @@ def resolve_mode(config: EngineConfig, world: World, ranks: tuple[int, ...]) -> 
     return "auto"
 
 
+def _check_ring(nbytes: int, world: World) -> None:
+    if world.device.type == "cuda":
+        free, where = torch.cuda.mem_get_info(world.device)[0], "the GPU's memory"
+    else:
+        free, where = available_memory() // world.size, "host memory, shared by the ranks,"
+    if nbytes > free:
+        raise ValueError(
+            f"ring_gib={nbytes / GIB:g}, but of {where} {free / GIB:.2f} GiB are left: lower "
+            "ring_gib, or leave it out"
+        )
+
+
 def start_streaming(
     memory: PeerMemory,
     weights: "WeightPool",
@@ -89,11 +102,13 @@ def start_streaming(
         mode: "stream" or "auto".
 
     Raises:
-        ValueError: ring_gib is too small for the largest matrix.
+        ValueError: ring_gib is too small for the largest matrix, or more than there is memory.
     """
     layout = weights.layout
-    arenas = memory.connect(key, weights.index, weights.size)
     nbytes = None if config.ring_gib is None else int(config.ring_gib * GIB)
+    if nbytes is not None:
+        _check_ring(nbytes, world)
+    arenas = memory.connect(key, weights.index, weights.size)
     ring = None
     if config.data_ranks is None or world.rank in config.data_ranks:
         ring = Ring(layout, weights.index, arenas, weights.dtype, nbytes)
