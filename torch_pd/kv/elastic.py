@@ -71,7 +71,7 @@ class ElasticPages:
         self._steps = self._held = 0
         self._leaving: torch.cuda.Event | None = None  # recorded when num_pages was lowered
         # Unmapping takes longer than mapping (3 ms for a GiB), and nobody need wait for it.
-        self._thread = ThreadPoolExecutor(1, "unmap")
+        self._thread = ThreadPoolExecutor(1, "unmap", self._enter)
         self._unmapping: Future[int] | None = None
         self.grow(2)
         if self.num_pages < 2:
@@ -83,6 +83,12 @@ class ElasticPages:
         with torch.inference_mode(False):
             flat: Tensor = torch.from_dlpack(self._memory.dlpack())
             return flat.view(self._all, self._page_bytes)
+
+    def _enter(self) -> None:
+        """The thread's GPU is the pool's. Else it would be the first one, and going back to that
+        after a call would make a context there, half a GiB of another rank's memory."""
+        if self._cuda:
+            torch.cuda.set_device(self._device)
 
     def _mapped(self) -> int:
         """Chunks mapped; waits for those that are on their way out."""
