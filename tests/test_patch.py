@@ -505,8 +505,10 @@ def test_window_of():
 # Branches handed on from block to block.
 
 
+@pytest.mark.parametrize("adds_on", [(), ("cpu",)])
 @pytest.mark.parametrize("name", models.FUSED)
-def test_every_block_hands_its_last_branch_on(name):
+def test_every_block_hands_its_last_branch_on(name, adds_on, monkeypatch):
+    monkeypatch.setattr(FusedBlock, "adds_on", adds_on)
     model = patch_model(models.build(name))
     blocks = [layer.__dict__["_torch_pd"] for layer in model.get_decoder().layers]
     assert all(block.hands_on for block in blocks)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,22 +45,26 @@ class Norm:
 class Flow:
     """What the fused blocks of a model hand on beside their output in a pass of the engine.
 
-    The last branch of a block is left out of its output; the norm that comes next adds it in the
-    same pass over memory.
+    The output is then the next block's to change. Its last branch may be left out of it; the norm
+    that comes next adds it in the same pass over memory.
     """
 
     on: bool = False
     branch: Tensor | None = None
     scale: float = 1.0
     address: int = 0
-    """Of the output that lacks the branch."""
+    """Of the output."""
     q_factor: tuple[Tensor, Tensor] | None = None
     """Positions of a pass, and what the queries there grow by."""
 
-    def give(self, hidden: Tensor, branch: Tensor, scale: float) -> Tensor:
+    def give(self, hidden: Tensor, branch: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """Returns ``hidden``, which lacks ``scale * branch`` from here on."""
         self.branch, self.scale, self.address = branch, scale, hidden.data_ptr()
         return hidden
+
+    def gave(self, hidden: Tensor) -> bool:
+        """Whether ``hidden`` was handed on, so that it may be changed."""
+        return self.address == hidden.data_ptr()
 
     def take(self, hidden: Tensor) -> Tensor | None:
         """The branch that ``hidden`` lacks, None if it is complete.
@@ -68,10 +72,15 @@ class Flow:
         Raises:
             RuntimeError: another tensor than the one that lacks it has come.
         """
-        branch, self.branch = self.branch, None
-        if branch is not None and hidden.data_ptr() != self.address:
+        branch, given = self.branch, self.gave(hidden)
+        self.clear()
+        if branch is not None and not given:
             raise RuntimeError("the model changes hidden states between its layers")
         return branch
+
+    def clear(self) -> None:
+        """Nothing was handed on."""
+        self.branch, self.address = None, 0
 
 
 class Rotation(NamedTuple):
@@ -114,9 +123,16 @@ class FusedAttention:
     k_norm: Norm | None
     group: int = 0
 
-    def __call__(self, x: Tensor, rotation: Rotation | None) -> Tensor:
-        """``x [T, hidden]``; returns ``[T, hidden]``."""
-        return linear(self.attend(self.qkv(x), rotation), self.o.weight, self.o.bias)
+    def __call__(
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        into: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """``x [T, hidden]``; returns ``[T, hidden]``: the output,
+        or ``into``, to which ``scale`` times the output was added."""
+        return _last(self.o, self.attend(self.qkv(x), rotation), into, scale)
 
     def attend(
         self,
@@ -182,14 +198,22 @@ class FusedMLP:
     down: nn.Linear
     activation: str
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x [T, hidden]``; returns ``[T, hidden]``."""
-        if x.is_cpu and x.shape[0] > _CPU_ROWS:
+    def __call__(self, x: Tensor, into: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """``x [T, hidden]``; returns ``[T, hidden]``: the output, or ``into``, to which ``scale``
+        times the output was added."""
+        if x.is_cpu and x.shape[0] > _CPU_ROWS and into is None:
             return torch.cat([self(rows) for rows in x.split(_CPU_ROWS)])
         gate_up = self.gate_up(x)
         hidden = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
         ops.gated_act(gate_up, hidden, self.activation)
-        return linear(hidden, self.down.weight, self.down.bias)
+        return _last(self.down, hidden, into, scale)
+
+
+def _last(module: nn.Linear, x: Tensor, into: Tensor | None, scale: float) -> Tensor:
+    """The last linear of a branch."""
+    if into is None:
+        return linear(x, module.weight, module.bias)
+    return into.addmm_(x, module.weight.t(), alpha=scale)
 
 
 @dataclass
@@ -223,16 +247,30 @@ class FusedBlock:
 
     flow: Flow = field(default_factory=Flow)
     hands_on: bool = False
-    """Whoever gets the output takes a branch from ``flow``."""
+    """Whoever gets the output asks ``flow`` what it lacks."""
+    adds_on: ClassVar[tuple[str, ...]] = ("cuda",)
+    """Devices whose GEMMs add to what is there at little cost."""
 
     def __call__(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
-        """``hidden [T, C]`` is left as it is, unless it lacks a branch: others may hold it. Returns
-        another ``[T, C]``, complete or (`hands_on`, in a pass of the engine) without a branch."""
+        """``hidden [T, C]`` is left as it is, unless it was handed on: others may hold it. Returns
+        another ``[T, C]`` or, in a pass of the engine, what was handed on; complete or (`hands_on`,
+        in a pass of the engine) without a branch."""
+        given = self.flow.gave(hidden)
         x, lacking = self.enter(hidden, self.flow)
-        branch = self.attention(x, rotation)
-        residual, x = self.between(hidden, branch, lacking)
-        branch = self.mlp(x)
-        return self.leave(residual, branch, self.flow)
+        if given and self._adds(self.attention, self.post_attention, hidden):
+            assert isinstance(self.attention, FusedAttention)
+            residual = self.attention(x, rotation, hidden, self.multiplier)
+            x = residual
+            if self.pre_mlp is not None:
+                x = self.pre_mlp(residual, torch.empty_like(residual))
+        else:
+            branch = self.attention(x, rotation)
+            residual, x = self.between(hidden, branch, lacking)
+        if self._adds(self.mlp, self.post_mlp, residual):
+            assert isinstance(self.mlp, FusedMLP)
+            self.mlp(x, residual, self.multiplier)
+            return self.flow.give(residual) if self.hands_on and self.flow.on else residual
+        return self.leave(residual, self.mlp(x), self.flow)
 
     def enter(self, hidden: Tensor, flow: Flow) -> tuple[Tensor, bool]:
         """What attention gets, and whether ``hidden`` lacked a branch, which it has now."""
@@ -268,6 +306,15 @@ class FusedBlock:
         if self.hands_on and flow.on:
             return flow.give(residual, branch, self.multiplier)
         return torch.add(residual, branch, alpha=self.multiplier)
+
+    def _adds(self, part: object, post: Norm | None, residual: Tensor) -> bool:
+        """Whether the last GEMM of a branch adds it to the residual, which saves a pass over
+        memory. On CPU a norm does that."""
+        if post is not None or residual.device.type not in self.adds_on:
+            return False
+        if isinstance(part, FusedAttention):
+            return part.o.bias is None
+        return isinstance(part, FusedMLP) and part.down.bias is None
 
     def q_factor(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
         """``[T]``, what queries grow by at ``positions [1, T]``; made once in a pass."""

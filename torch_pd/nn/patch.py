@@ -276,7 +276,8 @@ def forward_packed(
         output = generate.run(state, model, pool, batch, positions, select, input_ids=ids)
     finally:
         state.flow.on = False
-        state.flow.branch = state.flow.q_factor = None
+        state.flow.q_factor = None
+        state.flow.clear()
         state.running.logits = None
     return output.logits[0]
 
