@@ -226,6 +226,9 @@ def test_derived_seeds() -> None:
     assert len(seeds) == 900
     assert all(0 <= seed < 2**64 for seed in seeds)
     assert derive_seed(3, 4) == derive_seed(3, 4)
+    for engine, number in ((0, 0), (3, 4), (-1, 2**70 + 5), (2**64 - 1, 2**63)):
+        first, second = (np.array([x % 2**64], np.uint64) for x in (engine, number))
+        assert derive_seed(engine, number) == int(mix(mix(mix(first)) ^ second)[0])
 
 
 def test_a_request_repeats_with_its_seed() -> None:

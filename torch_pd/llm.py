@@ -10,7 +10,7 @@ from tqdm import tqdm
 from torch_pd.board import GroupError
 from torch_pd.config import EngineConfig
 from torch_pd.dist import launched_by_torchrun
-from torch_pd.engine.device import resolve_device, warming
+from torch_pd.engine.device import resolve_device, uncollected, warming
 from torch_pd.engine.inflight import Request
 from torch_pd.engine.limits import Limits
 from torch_pd.request import Prompt, RequestOutput, SamplingParams, parse_prompt, parse_prompts
@@ -55,6 +55,10 @@ class LLM:
         self._ended = "this LLM has been shut down; make a new one"
         self._num_calls = 0
         self.config = EngineConfig.from_kwargs(**config)
+        with uncollected():
+            self._start(model, tokenizer, config)
+
+    def _start(self, model: Any, tokenizer: Any, config: dict[str, Any]) -> None:
         device = resolve_device(self.config)
         alone = not launched_by_torchrun() and self.config.data_parallel_size == 1
         # What follows imports transformers, which takes seconds.

@@ -45,8 +45,15 @@ def uniforms(seeds: np.ndarray, indices: np.ndarray, positions: np.ndarray) -> n
 
 def derive_seed(engine_seed: int, request_number: int) -> int:
     """The seed of a request without one of its own, from the engine's and a running number."""
-    pair = np.array([engine_seed & _MASK, request_number & _MASK], dtype=np.uint64)
-    return int(mix(mix(mix(pair[:1])) ^ pair[1:])[0])
+    return _mix_one(_mix_one(_mix_one(engine_seed & _MASK)) ^ request_number & _MASK)
+
+
+def _mix_one(state: int) -> int:
+    """`mix` of one number, for which numpy takes twenty times as long."""
+    state = state + int(_GAMMA) & _MASK
+    state = (state ^ state >> 30) * int(_MIX_1) & _MASK
+    state = (state ^ state >> 27) * int(_MIX_2) & _MASK
+    return state ^ state >> 31
 
 
 def best(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch_pd.child import Phase
 from torch_pd.config import EngineConfig
 from torch_pd.dist import World, connect, free_port_store
+from torch_pd.engine.device import uncollected
 from torch_pd.engine.engine import Engine
 from torch_pd.engine.lender import Lender
 from torch_pd.engine.sharing import follow_plan, load_shared
@@ -97,7 +98,8 @@ def main(link: Connection, setup: Setup) -> None:
     tokenizer = setup.tokenizer
     if isinstance(tokenizer, Path):
         tokenizer = load_tokenizer(tokenizer)
-    engine = make_engine(setup.model, tokenizer, setup.config, setup.device, world)
+    with uncollected():
+        engine = make_engine(setup.model, tokenizer, setup.config, setup.device, world)
     link.send(Phase(Ranks.READY))
     link.send((engine.limits, engine.memory_table()))
     while (message := link.recv()) != STOP:

@@ -52,8 +52,8 @@ class Flow:
     on: bool = False
     branch: Tensor | None = None
     scale: float = 1.0
-    address: int = 0
-    """Of the output."""
+    address: int | None = None
+    """Of the output, None if nothing was handed on (on meta every address is 0)."""
     q_factor: tuple[Tensor, Tensor] | None = None
     """Positions of a pass, and what the queries there grow by."""
 
@@ -80,7 +80,7 @@ class Flow:
 
     def clear(self) -> None:
         """Nothing was handed on."""
-        self.branch, self.address = None, 0
+        self.branch, self.address = None, None
 
 
 class Rotation(NamedTuple):
@@ -248,8 +248,8 @@ class FusedBlock:
     flow: Flow = field(default_factory=Flow)
     hands_on: bool = False
     """Whoever gets the output asks ``flow`` what it lacks."""
-    adds_on: ClassVar[tuple[str, ...]] = ("cuda",)
-    """Devices whose GEMMs add to what is there at little cost."""
+    adds_on: ClassVar[tuple[str, ...]] = ("cuda", "meta")
+    """Devices whose GEMMs add to what is there at little cost; meta stands for a GPU."""
 
     def __call__(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
         """``hidden [T, C]`` is left as it is, unless it was handed on: others may hold it. Returns

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from torch_pd.weights.skeleton import materialise
+from torch_pd.weights.skeleton import left_alone, materialise
 from torch_pd.weights.slices import Slice
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ class Dummy:
         names = [name for name, parameter in model.named_parameters() if parameter.dim() < 2]
         materialise(model, "cpu", names)
         vectors = {name: model.get_parameter(name) for name in names}
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        others = [parameter for parameter in model.parameters() if parameter.is_meta]
+        with left_alone(others), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.seed)
             for vector in vectors.values():
                 vector.zero_()  # the ones that transformers leaves alone

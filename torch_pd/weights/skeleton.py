@@ -1,7 +1,7 @@
 """Skeleton: a model without weights, and the storage that its weights are to be put into."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +26,28 @@ def _parameters_on_meta() -> Iterator[None]:
             # Its memory was never written, and goes before the next one is made.
             value = nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
             module._parameters[name] = value
+            marked.enter_context(left_alone([value]))
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
     try:
-        yield
+        with contextlib.ExitStack() as marked:
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def left_alone(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Meanwhile transformers does not initialise these parameters: on meta each takes it a
+    millisecond, for nothing."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            del parameter._is_hf_initialized  # type: ignore[attr-defined]
 
 
 def build_skeleton(config: Any, dtype: torch.dtype) -> "PreTrainedModel":
