@@ -254,13 +254,17 @@ def test_a_spawned_lender_that_dies(folder, gib):
         kill_at_first_output()
 
 
-def test_a_lender_that_lacks_the_memory(folder):
+def lacking(rank: int, folder) -> None:
     with pytest.raises(
         ValueError,
         match=r"peer_kv_gib=1000000\.0: rank 1 is to lend 1000000\.00 GiB, but has .* GiB to give "
         r"\(95% of .* GiB of host memory / 2 ranks\): lower peer_kv_gib",
     ):
-        LLM(folder, **PAIR, kv_cache_gib=0.01, peer_kv_gib=1e6)
+        LLM(folder, data_ranks=[0], kv_cache_gib=0.01, peer_kv_gib=1e6)
+
+
+def test_a_lender_that_lacks_the_memory(folder):
+    run_ranks(2, lacking, folder)
 
 
 def test_less_than_a_page_is_refused():
