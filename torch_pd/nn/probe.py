@@ -1,7 +1,7 @@
 """Probing a model: one small forward pass that records how its layers call attention."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,8 @@ from torch_pd.nn.attention import (
     attention_forward,
     make_mark,
 )
+from torch_pd.nn.limit import Limit, find_limit
+from torch_pd.nn.undo import Undo, put
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PROBE = f"{NAME}_probe"
@@ -55,44 +57,9 @@ class Probe:
     """[num_tokens, vocab] of the probe sequences, one at a time through transformers' own code."""
     functions: dict[int, set[str]] = field(default_factory=dict)
     """Of torch, that the forward of a module called itself, by the module's id."""
-    limit: "Limit | None" = None
+    limit: Limit | None = None
     starts: Sequence[int] = (0, 0)
     """First positions of the probe sequences."""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """The longest sequence that runs as transformers runs it, where that is not all of them."""
-
-    length: int
-    reason: str
-
-
-Undo = Callable[[], Any]
-"""Takes one change of a model back. Never a closure: a deep copy of a model must undo its own."""
-
-
-@dataclass
-class Restore:
-    """Undoes `put`."""
-
-    module: nn.Module
-    name: str
-    had: bool
-    old: Any
-
-    def __call__(self) -> None:
-        """Puts the old value back."""
-        if self.had:
-            self.module.__dict__[self.name] = self.old
-        else:
-            del self.module.__dict__[self.name]
-
-
-def put(undo: list[Undo], module: nn.Module, name: str, value: Any) -> None:
-    """Sets an attribute of one module, past nn.Module's own bookkeeping, and notes the undo."""
-    undo.append(Restore(module, name, name in module.__dict__, module.__dict__.get(name)))
-    module.__dict__[name] = value
 
 
 def refuse(model: nn.Module, reason: str) -> ValueError:
@@ -117,7 +84,7 @@ def probe_model(model: PreTrainedModel, undo: list[Undo]) -> Probe:
     AttentionInterface.register(_PROBE, _probed_attention)
     AttentionMaskInterface.register(_PROBE, make_mark)
     configs = _own_configs(model, undo)
-    limit = _limit(model)
+    limit = find_limit(model)
     firsts = _first_positions(config, limit)
     on_meta = _embedding(model).is_meta
     experts = [own._experts_implementation_internal for own in configs]
@@ -150,32 +117,6 @@ def allowed(model: nn.Module) -> float:
     """
     exact = {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     return 1e-3 if exact else 0.1
-
-
-def _limit(model: nn.Module) -> Limit | None:
-    """Where a rotation begins to depend on the longest sequence of a pass, and so on the others.
-
-    "longrope" rotates all of a sequence by other frequencies once it is longer than its limit,
-    "dynamic" by frequencies of its length.
-    """
-    limits = []
-    for name, module in model.named_modules():
-        kinds = getattr(module, "rope_type", None)
-        for layer_type, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
-            if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
-                continue
-            rope = module.config.rope_parameters
-            rope = rope if layer_type is None else rope[layer_type]
-            length = module.config.max_position_embeddings
-            if kind == "longrope":
-                length = rope["original_max_position_embeddings"]
-            limits.append(
-                Limit(
-                    int(length),
-                    f"{name} ({kind}) rotates whole sequences otherwise beyond {length} tokens",
-                )
-            )
-    return min(limits, key=lambda limit: limit.length, default=None)
 
 
 def _first_positions(config: PretrainedConfig, limit: Limit | None) -> Sequence[int]:
