@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Modules are compiled to bytecode when they are first imported; of most packages, that is never.
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 MODEL := .cache/smollm2-135m-instruct/model.safetensors
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
