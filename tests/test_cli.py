@@ -146,6 +146,16 @@ def test_help_shows_defaults(capsys):
     assert "default: 8192" in capsys.readouterr().out
 
 
+def test_errors_of_the_system_are_told_without_an_output(monkeypatch, capsys):
+    def fail(args):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr("torch_pd.cli._info", fail)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["info"]) == 1
+    assert "not yours" in one_error_line(capsys)
+
+
 def test_output_that_cannot_be_written(capsys, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)

@@ -361,6 +361,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _drop_output() -> None:
     """What is left in stdout's buffer goes nowhere, or Python would fail again at exit."""
+    if sys.stdout is None:  # it was closed before we began
+        return
     try:
         sys.stdout.flush()
     except OSError:

@@ -5,6 +5,7 @@ that never imports the caller's script, so the script needs no ``__main__`` guar
 the parent over a socket pair: no ports, no files. It dies with the parent, whatever kills that.
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -180,11 +181,9 @@ class Ranks:
                 )
             self._children.append(_Child(rank, process, Connection(ours.detach())))
         for child, args in zip(self._children, self._args, strict=True):
-            try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended; `_pump` will see why
                 child.link.send(sys.path)
                 child.link.send((self._target, args))
-            except BrokenPipeError:
-                pass  # it has ended; `_pump` will see why
 
     def _watch(self, started: queue.Queue) -> None:
         try:
