@@ -42,7 +42,7 @@ from torch_pd.context import Batch, GroupBatch
 from torch_pd.engine.halving import Halving
 from torch_pd.nn.attention import Pass
 from torch_pd.nn.halves import halve
-from torch_pd.nn.patch import forward_packed, new_pool, patch_state
+from torch_pd.nn.patched import forward_packed, new_pool, patch_state
 from torch_pd.nn.pooled import PooledAttention, PooledMLP, Shared, new_logits, pool_model
 from torch_pd.nn.pooled_model import load_pooled
 from torch_pd.weights.layout import ModelDims, make_layout

@@ -11,7 +11,7 @@ from reference import relative_error
 
 from torch_pd import LLM, EngineConfig, SamplingParams, patch_model, unpatch_model
 from torch_pd.kv.cache import BYTE_DTYPES, KVPool
-from torch_pd.nn.patch import describe, kv_shape
+from torch_pd.nn.patched import describe, kv_shape
 
 FP8 = EngineConfig(kv_cache_dtype="fp8")
 PASSAGES = Path(__file__).parent / "data" / "passages.txt"

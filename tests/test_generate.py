@@ -9,7 +9,8 @@ from transformers import DynamicCache, StaticCache
 
 from torch_pd.config import EngineConfig
 from torch_pd.kv.cache import PagedCache
-from torch_pd.nn.patch import kv_shape, patch_model, unpatch_model
+from torch_pd.nn.patch import patch_model, unpatch_model
+from torch_pd.nn.patched import kv_shape
 from torch_pd.sizing import KVShape
 
 NAMES = ["llama", "gemma3", "phi3_partial", "mixtral", "gpt2", "opt", "cohere"]

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torch_pd import LLM, SamplingParams, patch_model
-from torch_pd.nn.patch import is_patched
+from torch_pd.nn.patched import is_patched
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 TEXTS = [

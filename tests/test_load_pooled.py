@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from torch_pd.config import EngineConfig
 from torch_pd.nn import twin
-from torch_pd.nn.patch import describe, forward_packed, new_pool
+from torch_pd.nn.patched import describe, forward_packed, new_pool
 from torch_pd.nn.pooled import pool_model
 from torch_pd.nn.pooled_model import load_pooled
 from torch_pd.nn.probe import batch_of

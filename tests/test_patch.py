@@ -15,16 +15,8 @@ from torch_pd.context import Batch, GroupBatch
 from torch_pd.kv.cache import KVPool
 from torch_pd.nn.attention import window_of
 from torch_pd.nn.block import FusedBlock
-from torch_pd.nn.patch import (
-    describe,
-    forward_packed,
-    is_patched,
-    kv_shape,
-    max_length,
-    new_pool,
-    patch_model,
-    unpatch_model,
-)
+from torch_pd.nn.patch import patch_model, unpatch_model
+from torch_pd.nn.patched import describe, forward_packed, is_patched, kv_shape, max_length, new_pool
 from torch_pd.nn.probe import batch_of
 
 LENGTHS = (33, 1, 20, 9)  # beyond every window of models.py

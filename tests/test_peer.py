@@ -15,7 +15,7 @@ from test_ring import DIMS, filled_pools
 from test_ship import Sequences, make_pools
 
 from torch_pd import patch_model
-from torch_pd.nn.patch import patch_state
+from torch_pd.nn.patched import patch_state
 from torch_pd.nn.pooled import pool_model
 from torch_pd.peer import PeerMemory, check_links
 from torch_pd.weights.layout import LINEARS

@@ -18,7 +18,8 @@ from test_llm_tiers import PAGE_GIB, tokens_of, work
 from torch_pd import LLM, EngineConfig, SamplingParams
 from torch_pd.board import GroupError, PeerLost
 from torch_pd.kv.moves import Waits
-from torch_pd.nn.patch import kv_shape, patch_model
+from torch_pd.nn.patch import patch_model
+from torch_pd.nn.patched import kv_shape
 from torch_pd.sizing import GIB, lent_pages
 
 SIZES = {

@@ -12,7 +12,8 @@ from reference import relative_error
 
 from torch_pd import patch_model
 from torch_pd.nn.halves import halve
-from torch_pd.nn.patch import describe, forward_packed, new_pool, patch_state, unpatch_model
+from torch_pd.nn.patch import unpatch_model
+from torch_pd.nn.patched import describe, forward_packed, new_pool, patch_state
 from torch_pd.nn.pooled import new_logits, pool_model
 from torch_pd.nn.probe import batch_of
 from torch_pd.weights.layout import ModelDims, make_layout

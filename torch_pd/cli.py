@@ -224,7 +224,8 @@ def _info_model(model: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from torch_pd.nn.patch import describe, patch_model
+    from torch_pd.nn.patch import patch_model
+    from torch_pd.nn.patched import describe
     from torch_pd.weights.loader import describe_reading, load_model, read_config, resolve_format
 
     path = Path(model).expanduser()

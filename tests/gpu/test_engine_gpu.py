@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from torch_pd import LLM, SamplingParams, patch_model
 from torch_pd.engine.sampler import Sampler
 from torch_pd.engine.sampling_row import SamplingRow
-from torch_pd.nn.patch import forward_packed, new_pool
+from torch_pd.nn.patched import forward_packed, new_pool
 from torch_pd.nn.probe import BLOCK_SIZE, LENGTHS, batch_of, tokens
 
 VOCAB = 1003

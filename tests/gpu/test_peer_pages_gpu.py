@@ -16,7 +16,8 @@ from torch_pd.engine.memory import driver_bytes
 from torch_pd.kv.host import HostPool
 from torch_pd.kv.migrate import Migrator
 from torch_pd.kv.moves import MoveQueue
-from torch_pd.nn.patch import kv_shape, patch_model
+from torch_pd.nn.patch import patch_model
+from torch_pd.nn.patched import kv_shape
 
 pytestmark = [
     pytest.mark.multi_gpu,

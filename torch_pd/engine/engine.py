@@ -30,15 +30,8 @@ from torch_pd.engine.tickets import Ticket
 from torch_pd.engine.trial import PROMPT_LOGPROB_TOKENS
 from torch_pd.kv.elastic import ElasticPages
 from torch_pd.kv.pages import PageAllocator
-from torch_pd.nn.patch import (
-    device_of,
-    is_patched,
-    kv_shape,
-    new_pool,
-    patch_model,
-    patch_state,
-    unpatch_model,
-)
+from torch_pd.nn.patch import patch_model, unpatch_model
+from torch_pd.nn.patched import device_of, is_patched, kv_shape, new_pool, patch_state
 from torch_pd.request import Logprob, RequestOutput
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch_pd.kv.disk import free_space
 from torch_pd.kv.elastic import chunk_of
 from torch_pd.kv.host import available_memory
 from torch_pd.kv.lease import Lease
-from torch_pd.nn.patch import device_of, kv_shape, max_length
+from torch_pd.nn.patched import device_of, kv_shape, max_length
 from torch_pd.sizing import (
     GIB,
     KVShape,

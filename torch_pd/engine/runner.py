@@ -30,7 +30,7 @@ from torch_pd.engine.tickets import Ticket, Tickets
 from torch_pd.kv.cache import KVPool
 from torch_pd.kv.moves import HOST_BITS
 from torch_pd.nn.halves import halve
-from torch_pd.nn.patch import forward_packed, patch_state
+from torch_pd.nn.patched import forward_packed, patch_state
 from torch_pd.nn.pooled import new_logits
 from torch_pd.sizing import staging_bytes
 

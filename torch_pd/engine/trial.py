@@ -15,7 +15,7 @@ from torch_pd.context import Batch, GroupBatch
 from torch_pd.engine.graphs import bucket_sizes, largest_graph
 from torch_pd.engine.logprobs import report
 from torch_pd.engine.sampler import SLICE
-from torch_pd.nn.patch import forward_packed, new_pool, patch_state
+from torch_pd.nn.patched import forward_packed, new_pool, patch_state
 from torch_pd.nn.pooled import new_logits, shared_of
 from torch_pd.sizing import staging_bytes
 

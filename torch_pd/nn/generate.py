@@ -2,54 +2,17 @@
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from torch_pd.context import Batch
-from torch_pd.kv.cache import KVPool, PagedCache
-
-if TYPE_CHECKING:
-    from torch_pd.nn.patch import PatchState
+from torch_pd.kv.cache import PagedCache
+from torch_pd.nn.patched import PatchState, run
 
 # Caches that generate may be asked for by name and that pages stand for.
 _CACHE_NAMES = (None, "dynamic", "dynamic_full", "hybrid")
-
-
-def run(
-    state: "PatchState",
-    model: nn.Module,
-    pool: KVPool,
-    batch: Batch,
-    positions: Tensor,
-    select: Tensor | None,
-    **inputs,
-) -> Any:
-    """Hugging Face's forward over the packed tokens of a batch.
-
-    Args:
-        positions: int64 [num_tokens].
-        select: int64 rows whose logits are wanted; None is all.
-        inputs: input_ids [1, num_tokens] or inputs_embeds, and switches of the forward.
-
-    Returns:
-        Its output object, logits [1, len(select), vocab].
-    """
-    if select is not None and state.takes_select:
-        inputs["logits_to_keep"] = select
-    running = state.running
-    running.batch, running.pool = batch, pool
-    try:
-        output = state.forward(
-            model, **inputs, position_ids=positions[None], use_cache=False, return_dict=True
-        )
-    finally:
-        running.batch = running.pool = None
-    if select is not None and not state.takes_select:
-        output.logits = output.logits[:, select]
-    return output
 
 
 @torch.no_grad()
@@ -174,12 +137,12 @@ def prepare_cache(
         model_kwargs["past_key_values"] = new_cache(state, model)
 
 
-def new_cache(state: "PatchState", model: PreTrainedModel) -> PagedCache:
+def new_cache(state: PatchState, model: PreTrainedModel) -> PagedCache:
     """An empty cache for the model."""
     return PagedCache(state.shape(), state.kv_dtype(), model.device)
 
 
-def _arguments(state: "PatchState", args: tuple, kwargs: dict) -> dict[str, Any]:
+def _arguments(state: PatchState, args: tuple, kwargs: dict) -> dict[str, Any]:
     """All arguments by name."""
     bound = state.signature.bind(*args, **kwargs).arguments
     for parameter in state.signature.parameters.values():
@@ -188,7 +151,7 @@ def _arguments(state: "PatchState", args: tuple, kwargs: dict) -> dict[str, Any]
     return dict(bound)
 
 
-def _check_cache(state: "PatchState", model: PreTrainedModel, cache: Any) -> PagedCache | None:
+def _check_cache(state: PatchState, model: PreTrainedModel, cache: Any) -> PagedCache | None:
     if cache is None:
         return None
     if not isinstance(cache, PagedCache):

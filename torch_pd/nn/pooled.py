@@ -11,12 +11,12 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from torch_pd import ops
-from torch_pd.nn import patch
+from torch_pd.nn import patched
 from torch_pd.nn.attention import Pass
 from torch_pd.nn.block import FusedAttention, FusedBlock, FusedMLP, Rotation
 from torch_pd.nn.halves import Halves, PooledBlock
 from torch_pd.nn.linear import linear, linear_in_parts
-from torch_pd.nn.patch import patch_state
+from torch_pd.nn.patched import patch_state
 from torch_pd.nn.probe import put
 from torch_pd.weights.pool import LayerShard, WeightPool
 from torch_pd.weights.ship import Exchange, unpack
@@ -233,7 +233,7 @@ def new_logits(model: nn.Module, rows: int) -> Tensor | None:
     can write there."""
     shared = shared_of(model)
     if shared is None:
-        return patch.new_logits(model, rows)
+        return patched.new_logits(model, rows)
     head: Any = cast(PreTrainedModel, model).get_output_embeddings()
     if head.bias is not None:
         return None

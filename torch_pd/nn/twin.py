@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torch_pd.nn.block import FusedAttention, FusedBlock, FusedMLP, Norm
-from torch_pd.nn.patch import describe, patch_model
+from torch_pd.nn.patch import patch_model
+from torch_pd.nn.patched import describe
 from torch_pd.weights.dummy import Dummy
 from torch_pd.weights.skeleton import build_skeleton, materialise
 from torch_pd.weights.slices import Slice
