@@ -15,6 +15,7 @@ from torch_pd.context import Batch, GroupBatch
 from torch_pd.kv.cache import KVPool
 from torch_pd.nn.attention import window_of
 from torch_pd.nn.block import FusedBlock
+from torch_pd.nn.linear import MergedLinear
 from torch_pd.nn.patch import patch_model, unpatch_model
 from torch_pd.nn.patched import describe, forward_packed, is_patched, kv_shape, max_length, new_pool
 from torch_pd.nn.probe import batch_of
@@ -256,6 +257,45 @@ def test_changes_of_a_patched_model_that_it_follows_or_refuses():
         unpatch_model(None)
 
 
+def test_weights_of_a_patched_model_that_are_put_back():
+    """An average of weights, say, put in for a while: where they lie is not enough to tell."""
+    ids = torch.tensor([[3, 4, 5]])
+    model = patch_model(models.build("llama"))
+    want = model(ids).logits
+    layer = model.model.layers[0]
+    kept = {name: parameter.data for name, parameter in layer.named_parameters()}
+    other = models.build("llama", seed=1).model.layers[0]
+    layer.load_state_dict(other.state_dict(), assign=True)
+    for name, value in kept.items():
+        layer.get_parameter(name).data = value
+    assert torch.equal(model(ids).logits, want)
+
+
+def test_biases_of_a_patched_model_that_are_taken_out():
+    ids = torch.tensor([[3, 4, 5]])
+    model = patch_model(models.build("llama"))
+    before = model(ids).logits
+    for name in "qkv":
+        getattr(model.model.layers[0].self_attn, f"{name}_proj").bias = None
+    got = model(ids).logits
+    unpatch_model(model)
+    want = model(ids).logits
+    assert (want - got).abs().max() < 1e-4 * want.abs().max() < (want - before).abs().max()
+
+
+def test_a_model_that_is_as_it_was_is_not_looked_through(monkeypatch):
+    """A plain call asks at every token."""
+    ids = torch.tensor([[3, 4, 5]])
+    model = patch_model(models.build("llama"))
+    want = model(ids).logits
+    with monkeypatch.context() as patch:
+        patch.setattr(MergedLinear, "mend", None)
+        assert torch.equal(model(ids).logits, want)
+    layers = model.model.layers
+    layers[2].self_attn.k_proj.weight.data = torch.zeros_like(layers[2].self_attn.k_proj.weight)
+    assert not torch.equal(model(ids).logits, want)
+
+
 def test_deep_copy_is_patched_by_itself():
     prompts = make_prompts()
     model = patch_model(models.build("qwen3"))
@@ -265,6 +305,8 @@ def test_deep_copy_is_patched_by_itself():
             parameter.zero_()
     want = reference(models.build("qwen3"), prompts)
     assert error(Packed(twin, prompts).run(64), want) < 1e-4
+    twin_logits = twin(prompts[0][None]).logits[0]
+    assert error([twin_logits], want[:1]) < 1e-4
     unpatch_model(twin)
     assert is_patched(model)
     assert not is_patched(twin)

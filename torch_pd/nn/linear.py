@@ -83,6 +83,8 @@ class MergedLinear:
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.linears = list(linears)
+        self.merges = 0
+        """How often it was merged."""
         self.weight: Tensor
         self.bias: Tensor | None
         self.merge()
@@ -92,6 +94,7 @@ class MergedLinear:
 
     def merge(self) -> None:
         """Merges what the modules hold now; to be called after their storage was replaced."""
+        self.merges += 1
         self.weight = _merge([module.weight for module in self.linears])
         # All have a bias or none.
         biased = self.linears[0].bias is not None
@@ -109,6 +112,11 @@ class MergedLinear:
                 at += 0 if parameter is None else parameter.nbytes
         if torn:
             self.merge()
+
+    def places(self) -> list[tuple[dict[str, nn.Parameter | None], str]]:
+        """Where the Parameters are that must be views of the merged matrix: dict and key."""
+        names = ("weight",) if self.bias is None else ("weight", "bias")
+        return [(module._parameters, name) for name in names for module in self.linears]
 
     def split(self) -> None:
         """Gives every module storage of its own again."""

@@ -141,8 +141,7 @@ def _patch_layers(model: PreTrainedModel, state: PatchState, probe: Probe) -> No
                 _undo(undo_layer)
                 raise NotRecognised(remark)
             undo += undo_layer
-            for module in layer.modules():
-                state.parts += [(module, name, part) for name, part in module.named_children()]
+            state.held.add(layer)
         except NotRecognised as error:
             slot = AttentionSlot(state.running, index, call.window)
             put(undo, call.module, "_torch_pd", slot)

@@ -15,6 +15,7 @@ from torch_pd.context import Batch
 from torch_pd.kv.cache import BYTE_DTYPES, KVPool, page_shape
 from torch_pd.nn import block
 from torch_pd.nn.attention import NAME, AttentionCall, Pass
+from torch_pd.nn.held import Held
 from torch_pd.nn.limit import Limit
 from torch_pd.nn.undo import Undo
 from torch_pd.sizing import KVShape
@@ -54,8 +55,10 @@ class PatchState:
     """The smallest sliding window of any layer, 0 if there is none."""
     dtype: torch.dtype = torch.float32
     """Of the model."""
-    parts: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
-    """Parents, names and modules inside the fused layers, which the blocks hold on to."""
+    held: Held = field(default_factory=Held)
+    """What the fused blocks hold on to."""
+    configs: tuple[Any, Any] = (None, None)
+    """The model's config, and the part of it that is the decoder's."""
     engines: int = 0
     """Engines that run the model, if one of them has patched it: the last one unpatches it."""
     flow: block.Flow = field(default_factory=block.Flow)
@@ -73,25 +76,25 @@ class PatchState:
         Raises:
             ValueError: it cannot, since a module or the attention function was replaced.
         """
-        for parent, name, module in self.parts:
-            if parent._modules.get(name) is not module:
-                names = {id(other): path for path, other in model.named_modules()}
-                path = names.get(id(parent), type(parent).__name__)
-                raise ValueError(
-                    f"{path}.{name} was replaced after patch_model, which would go unnoticed: call "
-                    "torch_pd.unpatch_model before, and patch_model again after such a change"
-                )
-        used = model.config.get_text_config(decoder=True)._attn_implementation
+        replaced = self.held.replaced()
+        if replaced is not None:
+            parent, name = replaced
+            names = {id(module): path for path, module in model.named_modules()}
+            path = names.get(id(parent), type(parent).__name__)
+            raise ValueError(
+                f"{path}.{name} was replaced after patch_model, which would go unnoticed: call "
+                "torch_pd.unpatch_model before, and patch_model again after such a change"
+            )
+        config: Any = model.config
+        if config is not self.configs[0]:  # finding the second takes 10 us
+            self.configs = config, config.get_text_config(decoder=True)
+        used = self.configs[1]._attn_implementation
         if used != NAME:
             raise ValueError(
                 f"the attention of a patched model was set to {used!r}; torch_pd.unpatch_model "
                 "gives the original back"
             )
-        for module in model.modules():
-            fused = module.__dict__.get("_torch_pd")
-            if isinstance(fused, block.FusedBlock):
-                for merged in fused.merged():
-                    merged.mend()
+        self.held.mend()
         if model.dtype != self.dtype:
             if self.call.dtype == self.dtype:
                 self.call = dataclasses.replace(self.call, dtype=model.dtype)
