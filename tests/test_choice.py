@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from shapes import QWEN3_32B
 from test_ring import DIMS, filled_pools, make_ring
 
-from torch_pd.costs import Costs, Machine
+from torch_pd.costs import Costs, Machine, Step
 from torch_pd.weights.choice import MARGIN, Choice
 from torch_pd.weights.machine import _beside, machine_of
 
@@ -27,6 +27,18 @@ def test_one_rank_with_a_prompt_is_helped_by_the_others():
     made = choice()
     assert made.decide([8192] * 4, [8] * 4, False) == "stream"
     assert made.decide([8192, 150, 150, 150], [150] * 4, False) == "ship"
+
+
+def test_whole_layers_are_shipped_for_few_tokens_only():
+    """Their owners compute them for all ranks, one after the other."""
+    whole = Choice(Costs(QWEN3_32B, Machine(), 4, whole=True), graph_rows=1024)
+    assert choice().decide([700] * 4, [64] * 4, False) == "ship"
+    assert whole.decide([700] * 4, [64] * 4, False) == "stream"
+    assert whole.decide([64] * 4, [64] * 4, True) == "ship"
+    # With one rank's tokens alone it is as fast as they are computed on one GPU.
+    step = Step(4096, 0, 0)
+    one = Costs(QWEN3_32B, Machine(), 4, data_ranks=1, whole=True).ship(step)
+    assert one == pytest.approx(Costs(QWEN3_32B, Machine()).resident(step), rel=0.25)
 
 
 steps = st.lists(

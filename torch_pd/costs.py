@@ -9,6 +9,8 @@ The same formulas choose between streaming and shipping while a group runs and f
   Each slows the other down: kernels that are bound by memory the pull, the pull the others.
 * shipped: every rank computes 1 / m of each linear for the tokens of all, so it reads 1 / m of the
   weights, and pays six collectives a layer.
+* shipped with whole layers dealt to the ranks: the owner of a layer computes it for the tokens of
+  all, while the others wait.
 * shipped with d data ranks beside m parameter ranks: those compute 1 / m of each linear for the
   tokens of all d, which attend; one kind waits while the other works. In halves (nn/halves.py) both
   work, and the weights are read twice.
@@ -155,6 +157,7 @@ class Costs:
         shards: ranks that share one copy of the weights (m); 1 has no remote shard.
         kv_token_bytes: of one token's K and V as they are kept (fp8 and int8 pages are half).
         data_ranks: that have tokens where the shards' ranks have none; None: all have both.
+        whole: each layer lies on one of the shards' ranks (weight_layout="layer").
     """
 
     shape: ModelShape
@@ -162,6 +165,7 @@ class Costs:
     shards: int = 1
     kv_token_bytes: int | None = None
     data_ranks: int | None = None
+    whole: bool = False
 
     def resident(self, step: Step) -> float:
         """Every weight on this GPU."""
@@ -230,25 +234,30 @@ class Costs:
         return self.shards if self.data_ranks is None else self.data_ranks
 
     @property
+    def parts(self) -> int:
+        """Ranks that compute a layer."""
+        return 1 if self.whole else self.shards
+
+    @property
     def shares(self) -> bool:
         """No rank with tokens has all weights."""
         return self.shards > 1 or self.data_ranks is not None
 
     def exchange_seconds(self, step: Step) -> float:
         """Of all collectives of a shipped step."""
-        shape, machine, m = self.shape, self.machine, self.shards
+        shape, machine, m, parts = self.shape, self.machine, self.shards, self.parts
         out_width = shape.num_heads * shape.head_dim
         if self.data_ranks is not None:
             # Received in a layer: all rows by each shard's rank, twice whole and once what is its
             # part of the heads; by a data rank two partial sums of each shard, and q, k, v.
             d = self.data_ranks
-            width = 2 * (d + m) * shape.hidden + shape.qkv_width + out_width * d / m
+            width = 2 * (d + parts) * shape.hidden + shape.qkv_width + out_width * d / parts
         elif m == 1:
             return 0.0
         else:
             # Received by a rank, a layer: two gathers and two scatters of rows [hidden] of the
             # m - 1 others, and (m - 1) / m of its own rows' q, k, v and attention outputs.
-            width = 4 * (m - 1) * shape.hidden + (shape.qkv_width + out_width) * (m - 1) / m
+            width = 4 * (m - 1) * shape.hidden + (shape.qkv_width + out_width) * (m - 1) / parts
         each = step.tokens * shape.itemsize * width / COLLECTIVES_PER_LAYER
         if step.tokens * shape.hidden * shape.itemsize <= machine.mailbox_bytes:
             seconds = machine.mailbox_seconds + each / machine.mailbox_bandwidth
@@ -275,7 +284,9 @@ class Costs:
     def _linears(self, step: Step, shards: int, ranks: int = 1) -> float:
         shape = self.shape
         rows = ranks / shards  # of each rank's tokens, that pass through 1 / shards of the weights
-        seconds = self._matmul(step.tokens * rows, shape.layer_params, shape.layer_params / shards)
+        parts = min(shards, self.parts)  # of a layer
+        tokens = step.tokens * ranks / parts
+        seconds = self._matmul(tokens, shape.layer_params, shape.layer_params / parts)
         seconds += self._matmul(step.samples * rows, shape.head_params, shape.head_params / shards)
         used = min(1.0, step.tokens * shape.expert_share)
         active = shape.expert_params * shape.expert_share

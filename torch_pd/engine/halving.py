@@ -67,5 +67,12 @@ def find_halving(
     if any(serving[rank] for rank in owners):
         return None
     shape = shape_of(model, shared.weights.dtype.itemsize)
-    costs = Costs(shape, Machine(), len(owners), kv_token_bytes, data_ranks=sum(serving))
+    costs = Costs(
+        shape,
+        Machine(),
+        len(owners),
+        kv_token_bytes,
+        data_ranks=sum(serving),
+        whole=shared.weights.layout.whole,
+    )
     return Halving(costs, graph)

@@ -318,7 +318,13 @@ def _plan_mode(
     kv_shape = kv_shape_of(shape, settings)
     longest = min(shape.max_position or 1 << 20, settings.max_model_len or 1 << 20)
     owner: dict[str, int] = {}
-    costs = Costs(shape, machine, ranks, kv_shape.page_bytes // settings.block_size)
+    costs = Costs(
+        shape,
+        machine,
+        ranks,
+        kv_shape.page_bytes // settings.block_size,
+        whole=settings.weight_layout == "layer",
+    )
     if settings.param_ranks is not None and settings.data_ranks is not None:
         owner = footprint(mode, shape, settings, ranks, longest)  # of the fullest
         lacking = sum(owner.values()) + 2 * kv_shape.page_bytes - budget

@@ -1,6 +1,7 @@
 """Streaming: the ring of a rank that may compute with all its group's weights, and when it does."""
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,8 +118,8 @@ def start_streaming(
     machine = machine_of(ring, world.device, world.all_gather)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # of what was measured
-    costs = Costs(shape, machine, weights.size)
+    costs = Costs(shape, machine, weights.size, whole=layout.whole)
     owners, data = config.param_ranks, config.data_ranks
     if owners is not None and data is not None and not set(owners) & set(data):
-        costs = Costs(shape, machine, len(owners), data_ranks=len(data))
+        costs = replace(costs, shards=len(owners), data_ranks=len(data))
     return Streaming(memory, ring, Choice(costs))

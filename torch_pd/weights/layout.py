@@ -121,6 +121,11 @@ class Layout:
         """Ranks of the group."""
         return len(self.ranks)
 
+    @property
+    def whole(self) -> bool:
+        """Each layer lies on one rank."""
+        return all(sum(map(bool, split.mlp)) == 1 for split in self.splits)
+
     def index(self, rank: int) -> int:
         """The place of a rank of the world in the group."""
         return self.ranks.index(rank)

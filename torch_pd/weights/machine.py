@@ -62,9 +62,11 @@ def machine_of(
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else "CPU"
     base = Machine() if gpu else CPU
-    rings = all_gather(None if ring is None else (ring.nbytes, ring.pulled_bytes))
-    nbytes, pulled = next(found for found in rings if found is not None)
-    key = f"{name}-{len(rings)}-{nbytes}-{pulled}".replace(" ", "_")
+    rings = all_gather(
+        None if ring is None else (ring.nbytes, ring.pulled_bytes, ring.layout.whole)
+    )
+    nbytes, pulled, whole = next(found for found in rings if found is not None)
+    key = f"{name}-{len(rings)}-{nbytes}-{pulled}{'-layers' * whole}".replace(" ", "_")
     if folder is None and gpu:
         folder = CACHE.expanduser()
     path = None if folder is None else folder / f"{key}.json"
