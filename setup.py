@@ -73,10 +73,16 @@ class CMakeBuild(build_ext):
         nvcc = Path("/usr/local/cuda/bin/nvcc")
         if cuda and not shutil.which("nvcc"):
             args.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
-        if shutil.which("ninja"):
-            args.append("-GNinja")
+        generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
+        args.append(f"-G{generator}")
         cache = build / "CMakeCache.txt"
-        if cache.exists() and torch_dir[2:].replace("=", ":PATH=") not in cache.read_text():
+        same = (
+            torch_dir[2:].replace("=", ":PATH="),
+            f"CMAKE_GENERATOR:INTERNAL={generator}",
+            f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}",
+            f"CMAKE_CACHEFILE_DIR:INTERNAL={build}",
+        )
+        if cache.exists() and not set(same) <= set(cache.read_text().splitlines()):
             args.append("--fresh")  # of another environment: what CMake found there is not here
         subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), *args])
         subprocess.check_call(["cmake", "--build", str(build), "--parallel"])
@@ -93,6 +99,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    license="Apache-2.0",
     ext_modules=[
         Extension("torch_pd.libtorch_pd", sources=[]),
         Extension(RUNTIME_MODULE, sources=[]),

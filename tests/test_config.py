@@ -120,6 +120,8 @@ def test_numbers_are_stored_as_annotated() -> None:
 def test_unknown_name_suggests_the_closest() -> None:
     with pytest.raises(TypeError, match="'max_num_seq'; did you mean 'max_num_seqs'"):
         EngineConfig.from_kwargs(max_num_seq=4)
+    with pytest.raises(TypeError, match=r"'tensor_parallel_size'; .*weights='pooled'"):
+        EngineConfig.from_kwargs(tensor_parallel_size=2)
     with pytest.raises(TypeError, match="'zzz'; valid names: device, dtype"):
         EngineConfig.from_kwargs(zzz=4)
     assert EngineConfig.from_kwargs(max_num_seqs=4) == EngineConfig(max_num_seqs=4)

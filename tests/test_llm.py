@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torch_pd import LLM, SamplingParams, patch_model
@@ -348,6 +349,30 @@ def test_chat(llm):
             llm.chat(messages, GREEDY, use_tqdm=False)
 
 
+def test_what_chat_templates_are_given(llm):
+    assert llm.get_tokenizer() is llm.tokenizer
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The"}]
+    (prompt,) = llm.chat_prompts(talk, add_generation_prompt=False, continue_final_message=True)
+    assert prompt["prompt"].endswith("assistant\nThe")
+    template = "{{ tools | length }} {{ enable_thinking }}"
+    given = {"tools": [{"name": "f"}], "chat_template_kwargs": {"enable_thinking": False}}
+    (prompt,) = llm.chat_prompts(talk, chat_template=template, **given)
+    assert prompt["prompt"] == "1 False"
+    with pytest.raises(TypeError, match="enable_thinking"):
+        llm.chat(talk, GREEDY, use_tqdm=False, enable_thinking=False)
+
+
+def test_an_empty_prompt_is_the_token_that_begins_texts(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    with LLM(tiny, tokenizer=tokenizer, kv_cache_gib=0.01) as llm:
+        outputs = llm.generate(["", [1]], GREEDY, use_tqdm=False)
+    assert outputs[0].prompt_token_ids == [1]
+    assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
+
+
 def test_a_module_is_patched_and_restored(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
@@ -399,8 +424,8 @@ def test_dummy_weights_take_token_ids_only(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("prompts", "kind", "message"),
     [
-        ("", ValueError, "empty"),
-        ([""], ValueError, "prompt 0: .*empty"),
+        ("", ValueError, "makes no token of ''"),
+        (["a", ""], ValueError, "prompt 1: the tokenizer makes no token of ''"),
         ([[]], ValueError, "no tokens"),
         ([[1, 2], [49152]], ValueError, r"prompt 1: .*49152.* vocabulary"),
         ([[1] * 512], ValueError, "512 tokens.*max_model_len=512.*room for 511"),

@@ -16,15 +16,20 @@ def option(default: Any, help: str, choices: tuple | None = None, bounds: str | 
     return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
 
 
-def check_names(kind: str, valid: Iterable[str], given: Iterable[str]) -> None:
-    """Raises TypeError naming the first of ``given`` that is not ``valid`` and the closest valid
-    name."""
+def check_names(
+    kind: str, valid: Iterable[str], given: Iterable[str], elsewhere: Mapping[str, str]
+) -> None:
+    """Raises TypeError naming the first of ``given`` that is not ``valid``, and what to give.
+
+    Args:
+        elsewhere: names that other libraries have, and what stands for them here.
+    """
     valid = list(valid)
     for name in given:
         if name not in valid:
-            close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+            close = difflib.get_close_matches(name, valid, n=1, cutoff=0.7)
             hint = f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(valid)}"
-            raise TypeError(f"{kind} has no field {name!r}; {hint}")
+            raise TypeError(f"{kind} has no field {name!r}; {elsewhere.get(name, hint)}")
 
 
 def as_int(name: str, value: Any) -> int:
@@ -113,6 +118,30 @@ _AVAILABLE: Mapping[str, tuple] = {
 }
 """Fields of which only these values are built so far; a row goes when its feature comes."""
 
+
+_SHARED = "several GPUs share one copy of the weights with data_parallel_size=N, weights='pooled'"
+_FROM_DISK = "leave it out: models are read from disk, as they are there"
+_ALWAYS = "leave it out: prompts are always computed in pieces of max_num_batched_tokens"
+_ELSEWHERE = {
+    "tensor_parallel_size": _SHARED,
+    "pipeline_parallel_size": _SHARED,
+    "enable_chunked_prefill": _ALWAYS,
+    "swap_space": "host memory for KV pages is host_kv_gib",
+    "cpu_offload_gb": "weights stay on GPUs; host memory for KV pages is host_kv_gib",
+    "trust_remote_code": "leave it out: code that comes with a checkpoint is never run (give LLM a "
+    "module that you loaded instead of its path)",
+    "enable_lora": "adapters must be merged into the weights first",
+    "speculative_config": "leave it out: there is no speculative decoding here",
+    "max_seq_len_to_capture": "leave it out: graphs serve every length",
+    "max_logprobs": "leave it out: any number may be asked for",
+    "disable_log_stats": "leave it out: see LLM.stats() and the log",
+    "generation_config": "leave it out: its end-of-text tokens count, its sampling does not",
+    "revision": _FROM_DISK,
+    "download_dir": _FROM_DISK,
+    "torch_dtype": "did you mean 'dtype'?",
+    "device_map": "did you mean 'device'?",
+}
+"""Settings of vLLM and transformers, and what stands for them here."""
 
 MOST_LENDERS = 6
 """Places of block tables (docs/layouts.md) beside the GPU's own and the host's."""
@@ -228,7 +257,7 @@ class EngineConfig:
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> "EngineConfig":
         """The config of these fields; an unknown name is a TypeError with the closest field."""
-        check_names(cls.__name__, (f.name for f in dataclasses.fields(cls)), kwargs)
+        check_names(cls.__name__, (f.name for f in dataclasses.fields(cls)), kwargs, _ELSEWHERE)
         return cls(**kwargs)
 
     def resolve_device(self, cuda_available: bool) -> str:

@@ -119,6 +119,10 @@ class LLM:
             )
         return runs.engine
 
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        """``tokenizer``, by vLLM's name for it."""
+        return self.tokenizer
+
     @property
     def pids(self) -> list[int]:
         """Process ids of the ranks that were started (data_parallel_size > 1); else none."""
@@ -188,18 +192,14 @@ class LLM:
         messages: Sequence[Any],
         sampling_params: Params = None,
         use_tqdm: bool = True,
-        *,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
+        **template: Any,
     ) -> list[RequestOutput]:
-        """Like `generate` for one conversation (a list of messages) or a list of conversations."""
-        return self.generate(
-            self.chat_prompts(
-                messages, chat_template=chat_template, add_generation_prompt=add_generation_prompt
-            ),
-            sampling_params,
-            use_tqdm,
-        )
+        """Like `generate` for one conversation (a list of messages) or a list of conversations.
+
+        Args:
+            **template: see `chat_prompts`.
+        """
+        return self.generate(self.chat_prompts(messages, **template), sampling_params, use_tqdm)
 
     def chat_prompts(
         self,
@@ -207,8 +207,17 @@ class LLM:
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
-        """The prompts that the tokenizer's chat template makes of conversations."""
+        """The prompts that the tokenizer's chat template makes of conversations.
+
+        Args:
+            chat_template: instead of the tokenizer's own.
+            continue_final_message: the last message is left open; give add_generation_prompt=False.
+            chat_template_kwargs: what else the template knows, such as ``enable_thinking``.
+        """
         if self.tokenizer is None:
             raise ValueError("chat needs a tokenizer: give tokenizer=..., or a folder with one")
         if chat_template is None and self.tokenizer.chat_template is None:
@@ -239,9 +248,12 @@ class LLM:
                     list(conversation),
                     chat_template=chat_template,
                     add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tools=tools,
                     tokenize=False,
+                    **(chat_template_kwargs or {}),
                 )
-                parse_prompt(text)
+                parse_prompt(text)  # may it be encoded?
             except Exception as error:  # a template is a program
                 raise ValueError(
                     f"conversation {i}: the chat template cannot take it: {error}"

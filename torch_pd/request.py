@@ -9,6 +9,29 @@ from torch_pd.config import as_float, as_int, check_fields, check_names, option
 GREEDY_BELOW = 1e-5
 """A temperature under this is greedy, as in vLLM."""
 
+_BEAMS = "for beams call generate(num_beams=...) of a model after torch_pd.patch_model(model)"
+_GUIDED = "outputs cannot be held to a grammar here"
+_BIASES = "give logit_bias={token: -100} for every token that must not come"
+_ELSEWHERE = {
+    "best_of": "give n, with logprobs=0, and choose by cumulative_logprob",
+    "use_beam_search": _BEAMS,
+    "num_beams": _BEAMS,
+    "guided_decoding": _GUIDED,
+    "structured_outputs": _GUIDED,
+    "response_format": _GUIDED,
+    "logits_processors": "give logit_bias, or use generate of a model after patch_model",
+    "bad_words": _BIASES,
+    "allowed_token_ids": _BIASES,
+    "include_stop_str_in_output": "leave it out: stop_reason of an output is the stop string",
+    "truncate_prompt_tokens": "cut the prompt's token ids",
+    "max_new_tokens": "did you mean 'max_tokens'?",
+    "max_length": "did you mean 'max_tokens'? (it counts new tokens alone)",
+    "do_sample": "temperature=0 is greedy, any other samples",
+    "num_return_sequences": "did you mean 'n'?",
+    "eos_token_id": "did you mean 'stop_token_ids'?",
+}
+"""Parameters of vLLM and transformers, and what stands for them here."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -53,7 +76,7 @@ class SamplingParams:
     skip_special_tokens: bool = option(True, "leave special tokens out of the text")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "SamplingParams":
-        check_names(cls.__name__, cls.__dataclass_fields__, kwargs)
+        check_names(cls.__name__, cls.__dataclass_fields__, kwargs, _ELSEWHERE)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -184,15 +207,13 @@ class Prompt:
 
 def parse_prompt(prompt: Any) -> Prompt:
     """Reads one prompt: a string, a list of token ids, or a dict with ``prompt`` and / or
-    ``prompt_token_ids``.
+    ``prompt_token_ids``. An empty string stands for the tokens that begin every text, if any.
 
     Raises:
         TypeError: another type, or token ids that are not ints.
         ValueError: an empty prompt, a negative token id, an unknown or missing key.
     """
     if isinstance(prompt, str):
-        if not prompt:
-            raise ValueError("the prompt is an empty string; give at least one character")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:

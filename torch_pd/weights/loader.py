@@ -49,9 +49,10 @@ def resolve_format(path: Path, load_format: str) -> str:
         ValueError: the path does not exist, or holds nothing readable; says what is missing.
     """
     if not path.exists():
+        hint = f"; `hf download {path}` prints its folder" if len(path.parts) == 2 else ""
         raise ValueError(
             f"model path {str(path)!r} does not exist; give a folder with config.json and "
-            "*.safetensors, or a .gguf file (models are read from disk, not downloaded)"
+            f"*.safetensors, or a .gguf file (models are read from disk, not downloaded{hint})"
         )
     if path.is_file():
         if path.suffix != ".gguf":
