@@ -1,5 +1,7 @@
 """generate and plain calls of patched models against transformers, and the cache behind them."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import models
 import pytest
 import torch
@@ -89,6 +91,27 @@ def test_assistant():
     assert torch.equal(model.generate(**inputs, **options), want)
     unpatch_model(model)
     assert torch.equal(model.generate(**inputs, **options), want)
+
+
+def test_threads():
+    model = models.build("llama")
+    prompts = [padded((n,))["input_ids"] for n in (13, 5, 20, 33)]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    want = [model.generate(ids, **options).tolist() for ids in prompts]
+    patch_model(model)
+    with ThreadPoolExecutor(4) as threads:
+        got = threads.map(lambda ids: model.generate(ids, **options).tolist(), prompts * 3)
+        assert list(got) == want * 3
+
+
+def test_compiled():
+    model = models.build("llama")
+    inputs = padded()
+    want = model(**inputs).logits[inputs["attention_mask"] == 1]
+    graphs = []
+    compiled = torch.compile(patch_model(model), backend=lambda graph, _: graphs.append(graph))
+    assert close(compiled(**inputs).logits[inputs["attention_mask"] == 1], want)
+    assert not graphs  # it runs as it is
 
 
 @pytest.mark.parametrize("block_size", [16, 64])

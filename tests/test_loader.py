@@ -222,6 +222,27 @@ def test_damaged_json(save, file, change, words):
         read(path.parent)
 
 
+def test_code_and_quantisation_that_nobody_here_knows(save):
+    path = save("llama")
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    for change, words in (
+        ({"model_type": "new", "auto_map": {"AutoConfig": "new.Config"}}, "code comes with the"),
+        ({"quantization_config": {"quant_method": "new"}}, "quant_method='new'.*was made from"),
+    ):
+        file.write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=words):
+            load(path)
+    # Code that transformers has an own version of is not needed.
+    file.write_text(json.dumps(config | {"auto_map": {"AutoConfig": "new.Config"}}))
+    load(path)
+
+
+def test_a_module_without_values_is_refused(save):
+    with pytest.raises(ValueError, match=r"no values of model\.embed_tokens\.weight and"):
+        load(models.build("llama").to("meta"))
+
+
 def test_a_failing_read_ends_the_load(save, monkeypatch):
     path = save("llama")
 

@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 
+import accelerate
 import models
 import pytest
 import torch
@@ -294,6 +295,37 @@ def test_a_model_that_is_as_it_was_is_not_looked_through(monkeypatch):
     layers = model.model.layers
     layers[2].self_attn.k_proj.weight.data = torch.zeros_like(layers[2].self_attn.k_proj.weight)
     assert not torch.equal(model(ids).logits, want)
+
+
+def test_hooks_that_nothing_would_call_are_refused():
+    ids = torch.tensor([[3, 4, 5]])
+    model = models.build("mixtral")
+    layer = model.model.layers[1]
+    calls = []
+    patch_model(model)
+    for module in (model.model.norm, layer, layer.mlp, layer.mlp.gate):  # these are called
+        module.register_forward_hook(lambda *_: calls.append(1))
+    model(ids)
+    assert len(calls) == 4
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        hook = getattr(layer.self_attn, register)(lambda *_: None)
+        with pytest.raises(
+            ValueError, match=r"layers\.1\.self_attn got a forward hook after patch"
+        ):
+            model(ids)
+        hook.remove()
+    model(ids)
+    layer.self_attn.register_forward_hook(lambda *_: calls.append("attention"))
+    patch_model(unpatch_model(model))
+    calls.clear()
+    model(ids)
+    assert sorted(map(str, calls)) == ["1"] * 4 + ["attention"]
+
+
+def test_offloaded_weights_are_refused():
+    model = accelerate.cpu_offload(models.build("llama"), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="accelerate keeps its weights elsewhere"):
+        patch_model(model)
 
 
 def test_deep_copy_is_patched_by_itself():

@@ -210,7 +210,7 @@ def _check_holes(window: int, columns: Tensor) -> None:
         raise ValueError(
             f"attention_mask has {int(span[row] - count[row])} columns of padding between the "
             f"tokens of row {row}, over which a sliding window of {window} tokens cannot be laid "
-            "as transformers lays it: pad in front of the tokens or behind them"
+            "as transformers lays it: pad in front of the tokens (generate adds behind them)"
         )
 
 
@@ -248,5 +248,14 @@ def _spread(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def wrap(original: Any) -> Any:
-    """`forward` with the name and the signature of the forward it stands for."""
-    return functools.wraps(original)(lambda model, *args, **kwargs: forward(model, *args, **kwargs))
+    """`forward` with the name and the signature of the forward it stands for.
+
+    torch.compile calls it as it is: pages and tables grow from call to call.
+    """
+
+    @torch.compiler.disable
+    @functools.wraps(original)
+    def standing_in(model: PreTrainedModel, *args, **kwargs) -> Any:
+        return forward(model, *args, **kwargs)
+
+    return standing_in

@@ -4,8 +4,9 @@ from operator import is_
 
 from torch import nn
 
-from torch_pd.nn.block import FusedBlock
+from torch_pd.nn.block import ForeignMLP, FusedBlock
 from torch_pd.nn.linear import MergedLinear
+from torch_pd.nn.recognise import foreign_hooks
 
 
 class Held:
@@ -19,6 +20,8 @@ class Held:
         self._layers: list[nn.Module] = []
         self._parents: list[nn.Module] = []
         self._children: list[dict[str, nn.Module | None]] = []
+        self._bypassed: list[nn.Module] = []
+        self._hooks: list[dict] = []
         # As of the last `mend`.
         self._blocks: list[FusedBlock] = []
         self._merged: list[MergedLinear] = []
@@ -33,6 +36,21 @@ class Held:
             if module._modules:
                 self._parents.append(module)
                 self._children.append(dict(module._modules))
+        mlp = layer.__dict__["_torch_pd"].mlp
+        called = {layer, *(mlp.module.modules() if isinstance(mlp, ForeignMLP) else ())}
+        for module in layer.modules():
+            if module not in called:
+                self._bypassed += [module, module]
+                self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+
+    def hooked(self) -> nn.Module | None:
+        """A module with a hook that is not called, since the module is not, if there is."""
+        if not any(self._hooks):
+            return None
+        for module, hooks in zip(self._bypassed, self._hooks, strict=True):
+            if hooks and foreign_hooks(hooks):
+                return module
+        return None
 
     def replaced(self) -> tuple[nn.Module, str] | None:
         """A parent and the name of a module in it that is another than at first, if there is."""

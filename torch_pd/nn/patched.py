@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
@@ -61,6 +62,8 @@ class PatchState:
     """The model's config, and the part of it that is the decoder's."""
     engines: int = 0
     """Engines that run the model, if one of them has patched it: the last one unpatches it."""
+    lock: Any = field(default_factory=threading.RLock)
+    """Held through a pass: another thread's waits, since passes leave notes on the model."""
     flow: block.Flow = field(default_factory=block.Flow)
     paths: list[ModulePath] = field(default_factory=list)
     undo: list[Undo] = field(default_factory=list)
@@ -74,16 +77,23 @@ class PatchState:
         """Keeps up with what was done to the model since it was patched (``half``, new Parameters).
 
         Raises:
-            ValueError: it cannot, since a module or the attention function was replaced.
+            ValueError: it cannot, since a module or the attention function was replaced, or a hook
+                was set on a module that is not called.
         """
         replaced = self.held.replaced()
         if replaced is not None:
             parent, name = replaced
-            names = {id(module): path for path, module in model.named_modules()}
-            path = names.get(id(parent), type(parent).__name__)
             raise ValueError(
-                f"{path}.{name} was replaced after patch_model, which would go unnoticed: call "
-                "torch_pd.unpatch_model before, and patch_model again after such a change"
+                f"{_path(model, parent)}.{name} was replaced after patch_model, which would go "
+                "unnoticed: call torch_pd.unpatch_model before, and patch_model again after such a "
+                "change"
+            )
+        hooked = self.held.hooked()
+        if hooked is not None:
+            raise ValueError(
+                f"{_path(model, hooked)} got a forward hook after patch_model, which nothing would "
+                "call: call torch_pd.unpatch_model before, and patch_model again after it (the "
+                "layer then keeps transformers' code)"
             )
         config: Any = model.config
         if config is not self.configs[0]:  # finding the second takes 10 us
@@ -102,7 +112,10 @@ class PatchState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PatchState":
         copied = memo[id(self)] = object.__new__(PatchState)
-        copied.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        copied.lock = threading.RLock()  # locks cannot be copied
+        for name, value in self.__dict__.items():
+            if name != "lock":
+                copied.__dict__[name] = copy.deepcopy(value, memo)
         return copied
 
     def __reduce__(self) -> NoReturn:
@@ -120,6 +133,12 @@ class PatchState:
         call, dtype = self.call, self.kv_dtype(kv_cache_dtype)
         size = block_size or self.block_size
         return page_shape(self.num_layers, call.num_kv_heads, call.head_dim, dtype, size)
+
+
+def _path(model: nn.Module, module: nn.Module) -> str:
+    """The name of a module inside a model."""
+    names = {id(other): path for path, other in model.named_modules()}
+    return names.get(id(module), type(module).__name__)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -184,13 +203,14 @@ def run(
     if select is not None and state.takes_select:
         inputs["logits_to_keep"] = select
     running = state.running
-    running.batch, running.pool = batch, pool
-    try:
-        output = state.forward(
-            model, **inputs, position_ids=positions[None], use_cache=False, return_dict=True
-        )
-    finally:
-        running.batch = running.pool = None
+    with state.lock:
+        running.batch, running.pool = batch, pool
+        try:
+            output = state.forward(
+                model, **inputs, position_ids=positions[None], use_cache=False, return_dict=True
+            )
+        finally:
+            running.batch = running.pool = None
     if select is not None and not state.takes_select:
         output.logits = output.logits[:, select]
     return output
@@ -221,15 +241,16 @@ def forward_packed(
     state = patch_state(model)
     assert input_ids.shape[0] == positions.shape[0] == batch.num_tokens
     ids = input_ids[None]
-    state.flow.on = True
-    state.running.logits = logits
-    try:
-        output = run(state, model, pool, batch, positions, select, input_ids=ids)
-    finally:
-        state.flow.on = False
-        state.flow.q_factor = None
-        state.flow.clear()
-        state.running.logits = None
+    with state.lock:
+        state.flow.on = True
+        state.running.logits = logits
+        try:
+            output = run(state, model, pool, batch, positions, select, input_ids=ids)
+        finally:
+            state.flow.on = False
+            state.flow.q_factor = None
+            state.flow.clear()
+            state.running.logits = None
     return output.logits[0]
 
 

@@ -165,6 +165,8 @@ def _check_kind(model: PreTrainedModel, config: PretrainedConfig) -> None:
     head = model.get_output_embeddings()
     if head is None or not model.can_generate():
         raise refuse(model, "it is no causal language model with an output head")
+    if _embedding(model).is_meta and any(hasattr(part, "_hf_hook") for part in model.modules()):
+        raise refuse(model, "accelerate keeps its weights elsewhere (offloading): load it whole")
     if not model._can_set_attn_implementation():
         named = [(name, type(module).__name__) for name, module in model.named_modules()]
         where = next((f"{name} ({kind})" for name, kind in named if "Attention" in kind), "it")

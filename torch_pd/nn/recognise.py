@@ -114,12 +114,16 @@ def recognise(
     )
 
 
+def foreign_hooks(hooks: Mapping[int, Callable]) -> bool:
+    """Whether there are others than Hugging Face's capture of outputs, which idles unless attention
+    weights are asked for: refused."""
+    return any(h.__module__ != "transformers.utils.output_capturing" for h in hooks.values())
+
+
 def _check_plain(name: str, module: nn.Module) -> None:
     """A module whose own forward is bypassed must have no hooks and no overridden forward."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    # Hugging Face's capture of outputs idles unless attention weights are asked for: refused.
-    foreign = [h for h in hooks if h.__module__ != "transformers.utils.output_capturing"]
-    if (foreign and name) or "forward" in module.__dict__:
+    hooks = foreign_hooks({**module._forward_hooks, **module._forward_pre_hooks})
+    if (hooks and name) or "forward" in module.__dict__:
         raise NotRecognised(f"{name or 'the layer'} has hooks or a forward of its own")
 
 

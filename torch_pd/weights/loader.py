@@ -74,14 +74,37 @@ def read_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the checks of transformers raise what they like
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{str(path)!r} is a model whose code comes with the checkpoint, which is not run "
+                "here: load it with transformers and give the module"
+            ) from error
         raise ValueError(
             f"{str(path / 'config.json')!r} cannot be read as a model config: {error}"
         ) from error
+    _check_quantisation(path, config)
     if config._attn_implementation not in (None, "eager", "sdpa"):
         config._attn_implementation = "eager"  # pages take its place, so it need not be installed
     return config
+
+
+def _check_quantisation(path: Path, config: Any) -> None:
+    """ValueError for a kind that transformers does not know: it would take the numbers as they
+    are."""
+    given = getattr(config, "quantization_config", None)
+    if not given:
+        return
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    kinds = [*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"]
+    kind = given.get("quant_method") if isinstance(given, dict) else given.quant_method
+    if kind is not None and kind not in kinds:
+        raise ValueError(
+            f"{str(path)!r} is quantised in a way that transformers does not know "
+            f"(quant_method={str(kind)!r} in config.json): use the checkpoint that it was made from"
+        )
 
 
 def _load_kwargs(path: Path, load_format: str) -> dict[str, Any]:
@@ -197,6 +220,12 @@ def load_model(
             raise ValueError(
                 f"dtype={dtype!r} given, but the module is {have}; call model.to({_DTYPES[dtype]})"
             )
+        away = [name for name, p in model.named_parameters() if p.is_meta]
+        if away:
+            raise ValueError(
+                f"the module has no values of {away[0]} and {len(away) - 1} more parameters (on "
+                "meta, or offloaded): load it whole, or give its folder"
+            )
         return model.eval().to(device)
     if not isinstance(model, (str, Path)):
         raise TypeError(
@@ -305,6 +334,7 @@ def _load_by_transformers(
                 dtype=dtype,
                 device_map=device,
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the report, and refused below
             )
@@ -330,6 +360,8 @@ def load_tokenizer(model: "str | Path | PreTrainedModel") -> "PreTrainedTokenize
         read_config(path)  # as the tokenizer's reader does, with less clear errors
     kwargs = _load_kwargs(path, "gguf" if path.is_file() else "safetensors")
     try:
-        return AutoTokenizer.from_pretrained(**kwargs, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            **kwargs, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # of as many kinds as there are tokenizers
         raise ValueError(f"the tokenizer of {str(path)!r} cannot be read: {error}") from error
