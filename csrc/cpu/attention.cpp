@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "../params/attention.h"
 #include "scratch.h"
 #include "values.h"
 

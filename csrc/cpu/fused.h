@@ -1,7 +1,9 @@
 // Row kernels of csrc/cpu/isa/fused.cpp. Arguments are checked; rows [begin, end) are done.
 #pragma once
 
-#include "../params.h"
+#include "../params/fused.h"
+#include "../params/paged_kv.h"
+#include "../params/rope_write_kv.h"
 #include "isa.h"
 
 namespace torch_pd {

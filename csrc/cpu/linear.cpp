@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "../params.h"
+#include "../params/linear.h"
 #include "scratch.h"
 
 namespace torch_pd {

@@ -1,4 +1,6 @@
 // write_kv, gather_kv, copy_pages: checks, threads and copies; rows of bytes are in isa/fused.cpp.
+#include "../params/paged_kv.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

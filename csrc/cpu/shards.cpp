@@ -1,12 +1,12 @@
 // pack_shards, unpack_shards: columns of a matrix to and from the contiguous blocks of shards.
+#include "../params/shards.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
-
-#include "../params.h"
 
 namespace torch_pd {
 

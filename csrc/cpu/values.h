@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../params.h"
+#include "../params/cache.h"
 
 namespace torch_pd {
 

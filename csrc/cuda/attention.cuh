@@ -4,7 +4,7 @@
 // head h is query token r / group, query head h * group + r % group.
 #pragma once
 
-#include "../params.h"
+#include "../params/attention.h"
 #include "common.cuh"
 #include "ptx.cuh"
 

@@ -1,14 +1,14 @@
 // Addresses inside a paged KV pool, and storage as bytes, for the kernels that read or write pages.
 #pragma once
 
-#include "../params.h"
+#include "../params/cache.h"
 #include "ptx.cuh"
 #include "vec.cuh"
 
 namespace torch_pd {
 
 __host__ __device__ inline int block_shift(int64_t block_size) {
-  return block_size == 16 ? 4 : block_size == 32 ? 5 : 6;  // params.h allows no other
+  return block_size == 16 ? 4 : block_size == 32 ? 5 : 6;  // params/cache.h allows no other
 }
 
 // A slot split into page and token of the page; page -1 is padding or (raised) outside the pool.

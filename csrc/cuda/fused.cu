@@ -1,7 +1,7 @@
 // rms_norm (with residual) and gated_act: one kernel and one pass over memory each.
 #include <torch/csrc/stable/library.h>
 
-#include "../params.h"
+#include "../params/fused.h"
 #include "overlap.cuh"
 #include "vec.cuh"
 
@@ -206,8 +206,6 @@ __device__ __forceinline__ float activate(float x) {
     return x * normcdff(x);
   }
 }
-
-constexpr int kMaxShards = 64;  // params.h allows no more
 
 struct GatedArgs {
   const void* x;

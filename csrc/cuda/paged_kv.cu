@@ -1,6 +1,7 @@
 // gather_kv, copy_pages: gathering from pages and moving them whole, in one pass over memory.
 #include <torch/csrc/stable/library.h>
 
+#include "../params/paged_kv.h"
 #include "cache.cuh"
 #include "overlap.cuh"
 

@@ -76,8 +76,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// Bytes 0 and 2 (even), 1 and 3 (odd) of `x` as pairs of float16, exact. float8 (see params.h) is a
-// part of float16's bits.
+// Bytes 0 and 2 (even), 1 and 3 (odd) of `x` as pairs of float16, exact. float8 (see
+// params/cache.h) is a part of float16's bits.
 struct Halves {
   uint32_t even, odd;
 };

@@ -3,6 +3,7 @@
 // so only the norm crosses lanes.
 #include <torch/csrc/stable/library.h>
 
+#include "../params/rope_write_kv.h"
 #include "cache.cuh"
 #include "overlap.cuh"
 
@@ -11,7 +12,6 @@ namespace torch_pd {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kMaxShards = 64;  // params.h allows no more
 
 struct RopeArgs {
   KVCache cache;

@@ -1,7 +1,7 @@
 // pack_shards, unpack_shards: columns of a matrix to and from the contiguous blocks of shards.
 #include <torch/csrc/stable/library.h>
 
-#include "../params.h"
+#include "../params/shards.h"
 #include "overlap.cuh"
 #include "vec.cuh"
 
@@ -9,7 +9,6 @@ namespace torch_pd {
 
 namespace {
 
-constexpr int kMaxShards = 64;  // params.h allows no more
 constexpr int kHeld = 4;
 
 struct ShardArgs {

@@ -1,6 +1,7 @@
 // write_kv: scattering a step's keys and values into pages.
 #include <torch/csrc/stable/library.h>
 
+#include "../params/paged_kv.h"
 #include "cache.cuh"
 #include "overlap.cuh"
 
