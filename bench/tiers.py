@@ -209,40 +209,25 @@ def bench_prefix(bench: Bench, folder: str, questions: int, lines: list[str]) ->
         bench.run(name, prompts, params, **base, **config)
 
 
-def bench_long(bench: Bench) -> None:
-    """One sequence of 128K tokens over a GPU pool of 32K."""
+def bench_long(bench: Bench, over: str = "host") -> None:
+    """One sequence of 128K tokens over a GPU pool of 32K, the rest in host memory or a peer's."""
     total = 131072 // bench.divide**2
     prompt = bench.tokens(random.Random(2), total - 64)
     params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
     base = {"max_model_len": total, "enable_prefix_caching": False}
     whole_gib, part_gib = bench.gib_of(total), bench.gib_of(total // 4)
-    print(f"long: one sequence of {total} tokens, {bench.shape['num_hidden_layers']} layers")
-    whole, _ = bench.run("whole pool", [prompt], params, kv_cache_gib=whole_gib, **base)
-    part, _ = bench.run(
-        "pool of a quarter", [prompt], params, kv_cache_gib=part_gib, host_kv_gib=whole_gib, **base
-    )
-    same = next((i for i, (a, b) in enumerate(zip(whole[0], part[0], strict=True)) if a != b), 16)
-    bench.results["long_equal_tokens"] = same
-    print(f"  the first {same} of 16 tokens are equal")
-
-
-def bench_peer(bench: Bench) -> None:
-    """The sequence of `bench_long` over a second GPU's memory."""
-    total = 131072 // bench.divide**2
-    prompt = bench.tokens(random.Random(2), total - 64)
-    params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
-    base = {"max_model_len": total, "enable_prefix_caching": False}
-    whole_gib, part_gib = bench.gib_of(total), bench.gib_of(total // 4)
+    host = {"host_kv_gib": whole_gib}
     peer = {"data_parallel_size": 2, "data_ranks": [0], "peer_kv_gib": whole_gib}
-    print(f"peer: one sequence of {total} tokens, {bench.shape['num_hidden_layers']} layers")
+    part_name, name = ("pool of a quarter", "long") if over == "host" else ("a quarter, peer", over)
+    print(f"{name}: one sequence of {total} tokens, {bench.shape['num_hidden_layers']} layers")
     whole, _ = bench.run("whole pool", [prompt], params, kv_cache_gib=whole_gib, **base)
-    part, _ = bench.run("a quarter, peer", [prompt], params, kv_cache_gib=part_gib, **peer, **base)
+    rest = host if over == "host" else peer
+    part, _ = bench.run(part_name, [prompt], params, kv_cache_gib=part_gib, **rest, **base)
     same = next((i for i, (a, b) in enumerate(zip(whole[0], part[0], strict=True)) if a != b), 16)
-    bench.results["peer_equal_tokens"] = same
+    bench.results[f"{name}_equal_tokens"] = same
     print(f"  the first {same} of 16 tokens are equal")
-    bench.run(
-        "a quarter, host", [prompt], params, kv_cache_gib=part_gib, host_kv_gib=whole_gib, **base
-    )
+    if over == "peer":
+        bench.run("a quarter, host", [prompt], params, kv_cache_gib=part_gib, **host, **base)
 
 
 def main() -> None:
@@ -270,7 +255,7 @@ def main() -> None:
         elif part == "long":
             bench_long(bench)
         elif part == "peer":
-            bench_peer(bench)
+            bench_long(bench, "peer")
         else:
             raise SystemExit(f"no part {part!r}")
     if args.json:

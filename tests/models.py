@@ -200,3 +200,8 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
             else:
                 parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
     return model.to(dtype).eval()
+
+
+def tokens_of(outputs) -> list[list[list[int]]]:
+    """Of every completion of every output."""
+    return [[list(choice.token_ids) for choice in output.outputs] for output in outputs]

@@ -11,8 +11,9 @@ import torch_pd._runtime as _runtime
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from models import tokens_of
 from ranks import run_ranks
-from test_llm_tiers import PAGE_GIB, tokens_of, work
+from test_llm_tiers import PAGE_GIB, work
 
 from torch_pd import LLM, SamplingParams
 from torch_pd.kv import elastic

@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 
 import pytest
+from models import tokens_of
 from test_launch import gone
 
 from torch_pd import LLM, SamplingParams, launch
@@ -29,10 +30,6 @@ PROMPTS = [[5 + i, 6, 7 + 3 * i] * (1 + i % 5) for i in range(23)]
 SIZES = {"kv_cache_gib": 0.01, "max_model_len": 256, "max_num_batched_tokens": 64}
 
 POOLED = {"weights": "pooled", "remote_mode": "ship"}
-
-
-def tokens_of(outputs):
-    return [[list(choice.token_ids) for choice in output.outputs] for output in outputs]
 
 
 def calls(llm):

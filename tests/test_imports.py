@@ -29,7 +29,6 @@ ORDER = [
     ["nn"],
     ["engine"],
     ["llm"],
-    ["serve"],
     ["cli"],
     ["__init__", "__main__"],
 ]

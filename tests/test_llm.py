@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from models import tokens_of
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,10 +26,6 @@ TEXTS = [
 def llm(tiny):
     with LLM(tiny, kv_cache_gib=0.01) as llm:
         yield llm
-
-
-def tokens_of(outputs):
-    return [[list(choice.token_ids) for choice in output.outputs] for output in outputs]
 
 
 def prompts_of(count, longest, seed=0):

@@ -6,11 +6,19 @@ import random
 import models
 import pytest
 import torch
+from models import tokens_of
 
 from torch_pd import LLM, SamplingParams
 from torch_pd.kv.moves import Waits
 
 PAGE_GIB = 1 / (1 << 30)
+LONG = SamplingParams(temperature=0.0, max_tokens=18, ignore_eos=True, detokenize=False)
+
+
+def long_prompts() -> list[list[int]]:
+    """Two that a pool of a few pages cannot hold, and a small one."""
+    rng = random.Random(5)
+    return [[rng.randrange(3, models.VOCAB) for _ in range(length)] for length in (140, 20, 97)]
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +53,6 @@ def work(count: int, seed: int) -> tuple[list[dict], list[SamplingParams]]:
             )
         )
     return prompts, params
-
-
-def tokens_of(outputs):
-    return [[list(choice.token_ids) for choice in output.outputs] for output in outputs]
 
 
 def run(model, prompts, params, **config):
@@ -97,16 +101,17 @@ def test_float8_pages_swap_with_their_scales(model):
     assert stats["moved_in_bytes"] > 0
 
 
-def test_a_sequence_larger_than_the_gpu_pool(model, page_bytes):
+def check_larger_than_the_pool(model, page_bytes):
     """Decoding reads the older pages where they are, prefill gathers them."""
-    rng = random.Random(5)
-    prompts = [[rng.randrange(3, models.VOCAB) for _ in range(length)] for length in (140, 20, 97)]
-    params = SamplingParams(temperature=0.0, max_tokens=18, ignore_eos=True, detokenize=False)
-    expected, _ = run(model, prompts, params, kv_cache_gib=0.05)
-    gib = page_bytes * PAGE_GIB
-    outputs, stats = run(model, prompts, params, kv_cache_gib=5.5 * gib, host_kv_gib=12.5 * gib)
+    prompts, gib = long_prompts(), page_bytes * PAGE_GIB
+    expected, _ = run(model, prompts, LONG, kv_cache_gib=0.05)
+    outputs, stats = run(model, prompts, LONG, kv_cache_gib=5.5 * gib, host_kv_gib=12.5 * gib)
     assert stats["kv_tokens"] == 64
     assert outputs == expected
+
+
+def test_a_sequence_larger_than_the_gpu_pool(model, page_bytes):
+    check_larger_than_the_pool(model, page_bytes)
 
 
 def test_no_request_reads_a_page_of_another(model, page_bytes):

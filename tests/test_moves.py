@@ -153,6 +153,18 @@ def test_host_bits_are_the_ops():
     assert HOST_BITS == 1 << ops.PLACE_SHIFT
 
 
+def random_moves(rng, queue: MoveQueue, gpu: torch.Tensor, under: torch.Tensor) -> None:
+    """Asks for a few moves between pages of the GPU and under it, and makes them right away."""
+    for _ in range(rng.integers(0, 8)):
+        g, h = int(rng.integers(0, len(gpu))), int(rng.integers(0, len(under)))
+        if rng.random() < 0.5:
+            queue.move_out(g, h)
+            under[h] = gpu[g]
+        else:
+            queue.move_in(h, g)
+            gpu[g] = under[h]
+
+
 @pytest.mark.parametrize("page_bytes", [48, 4096, 12288])
 @pytest.mark.parametrize("lent", [[], [5], [3, 4]])
 def test_migrator_on_the_cpu(page_bytes, lent):
@@ -168,14 +180,7 @@ def test_migrator_on_the_cpu(page_bytes, lent):
     queue = MoveQueue(pages, under, pages if lent else None)
     migrator = Migrator(gpu, host, peers)
     for _ in range(100):
-        for _ in range(rng.integers(0, 6)):
-            g, h = int(rng.integers(0, pages)), int(rng.integers(0, under))
-            if rng.random() < 0.5:
-                queue.move_out(g, h)
-                want_host[h] = want_gpu[g]
-            else:
-                queue.move_in(h, g)
-                want_gpu[g] = want_host[h]
+        random_moves(rng, queue, want_gpu, want_host)
         page = int(rng.integers(pages))
         queue.compute_on([page])
         batches, waits = queue.take()

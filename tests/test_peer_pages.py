@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import random
 import signal
 import sys
 import time
@@ -12,10 +11,11 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from models import tokens_of
 from ranks import run_ranks
-from test_llm_tiers import PAGE_GIB, tokens_of, work
+from test_llm_tiers import LONG, PAGE_GIB, long_prompts, work
 
-from torch_pd import LLM, EngineConfig, SamplingParams
+from torch_pd import LLM, EngineConfig
 from torch_pd.board import GroupError, PeerLost
 from torch_pd.kv.moves import Waits
 from torch_pd.nn.patch import patch_model
@@ -47,15 +47,6 @@ def gib() -> float:
 def unlimited(folder, prompts, params, **config):
     with LLM(folder, kv_cache_gib=0.05, **SIZES | config) as llm:
         return tokens_of(llm.generate(prompts, params, use_tqdm=False))
-
-
-LONG = SamplingParams(temperature=0.0, max_tokens=18, ignore_eos=True, detokenize=False)
-
-
-def long_prompts() -> list[list[int]]:
-    """Two that the GPU pool of `some_large` cannot hold, and a small one."""
-    rng = random.Random(5)
-    return [[rng.randrange(3, models.VOCAB) for _ in range(length)] for length in (140, 20, 97)]
 
 
 def mapped() -> int:

@@ -72,34 +72,7 @@ def test_rope_write_kv(case):
     reference.assert_rounded(q, expected_q, 4e-6)
     q.fill_(7)
     assert torch.equal(whole, torch.full_like(whole, 7))
-
-    written = slots >= 0
-    page, token = slots[written] // pool.data.shape[3], slots[written] % pool.data.shape[3]
-    k_cache, v_cache = pool.layer(layer)
-    if pool.k_scale is None:
-        reference.assert_rounded(k_cache[page, token], k[written], 4e-6)
-        assert torch.equal(v_cache[page, token], v[written].to(qkv.dtype))
-    else:
-        v_bytes, v_scale = reference.quantize(v[written], v_cache.dtype)
-        assert torch.equal(v_cache[page, token].view(torch.uint8), v_bytes.view(torch.uint8))
-        assert torch.equal(pool.scales(layer)["v_scale"][page, token], v_scale)
-        scale = pool.scales(layer)["k_scale"][page, token]
-        largest = k[written].abs().amax(-1)
-        assert ((scale - largest / reference.BYTES[v_cache.dtype]).abs() <= scale * 1e-5).all()
-        restored = reference.values_of(k_cache[page, token]).double() * scale[..., None]
-        if v_cache.dtype == INT8:
-            allowed = largest[..., None].expand_as(k[written]) * 0.501 / 127
-        else:
-            # Half a step of four mantissa bits, or of the smallest one.
-            allowed = k[written].abs() * (2**-5 + 1e-5)
-            allowed += largest[..., None] * (1.01 * 2**-19 / reference.BYTES[FLOAT8] + 1e-5)
-        assert ((restored - k[written]).abs() <= allowed).all()
-    # Everything else in the pool is as it was.
-    for cache, old in zip(pool.layer(layer), before.layer(layer), strict=True):
-        cache[page, token] = old[page, token]
-    for name, scale in pool.scales(layer).items():
-        scale[page, token] = before.scales(layer)[name][page, token]
-    assert torch.equal(pool.memory, before.memory)
+    reference.assert_rope_written(pool, before, layer, slots, k, v, qkv.dtype)
 
 
 def test_rope_equals_hugging_face():

@@ -4,12 +4,11 @@ import pytest
 from fake_model import FakeModel, make
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import initialize, rule
+from scheduler_machine import Machine
 
-from torch_pd.engine.sequence import Sequence, Status
 
-
-class SchedulerMachine(RuleBasedStateMachine):
+class SchedulerMachine(Machine):
     """Random arrivals, forks, aborts and steps under tight limits."""
 
     @initialize(
@@ -24,8 +23,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, usable, block_size, seqs, tokens, caching, overlap, stop_every):
         scheduler = make(usable, block_size, seqs, tokens, 40, caching)
         self.model = FakeModel(scheduler, overlap, stop_every)
-        self.scheduler = self.model.scheduler
-        self.seqs: list[Sequence] = []
+        self.seqs = []
 
     @rule(
         shared=st.integers(0, 12),
@@ -49,38 +47,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.seqs.append(seq)
 
-    @rule(n=st.integers(1, 4))
-    def step(self, n):
-        for _ in range(n):
-            self.model.step()
-
-    @precondition(lambda self: self.seqs)
-    @rule(data=st.data(), in_flight=st.booleans())
-    def abort(self, data, in_flight):
-        plan = None
-        if in_flight:
-            self.model.settle()
-            plan = self.model.schedule()
-            tokens = self.model.run(plan)
-        seq = data.draw(st.sampled_from(self.seqs + self.model.children))
-        live = seq.status in (Status.WAITING, Status.RUNNING)
-        assert self.scheduler.abort(seq.seq_id) is (seq if live else None)
-        if live:
-            seq.data = (seq.data[0], seq.num_output, 0)
-        if plan is not None:
-            self.model.finish_step(plan, tokens)
-
     def teardown(self):
         if not hasattr(self, "model"):
             return
-        # The oldest is never preempted and served at least every max_num_seqs steps.
-        everyone = self.seqs + [c for s in self.seqs for c in [s] * s.data[2]]
-        work = sum(s.num_prompt + s.data[1] for s in everyone + self.model.children)
-        # Overlapped, a sequence ends a step later.
-        self.model.drain(limit=(work + len(everyone)) * self.scheduler.max_num_seqs + 2)
-        for seq in self.seqs + self.model.children:
-            assert seq.status in (Status.FINISHED, Status.FAILED)
-            self.model.verify(seq)
+        self.end(1, 2)  # overlapped, a sequence ends a step later
         self.scheduler.check()
         self.scheduler.allocator.check([])
         assert self.scheduler.allocator.num_used == 0

@@ -6,16 +6,15 @@ import pytest
 from fake_model import make
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import initialize, rule
+from scheduler_machine import Machine
 from tiered_model import TieredModel, make_tiered
 
-from torch_pd.engine.sequence import Sequence, Status
+from torch_pd.engine.sequence import Status
 from torch_pd.engine.swapper import SwapCosts
 
-LIVE = (Status.WAITING, Status.RUNNING, Status.ARRIVING)
 
-
-class TieredMachine(RuleBasedStateMachine):
+class TieredMachine(Machine):
     """Random arrivals, forks, aborts and steps over tiny pools."""
 
     @initialize(
@@ -58,8 +57,7 @@ class TieredMachine(RuleBasedStateMachine):
         self.model = TieredModel(
             scheduler, random.Random(seed), faults, overlap=overlap, stop_every=stop_every
         )
-        self.scheduler = scheduler
-        self.seqs: list[Sequence] = []
+        self.seqs = []
 
     @rule(
         shared=st.integers(0, 20),
@@ -79,36 +77,10 @@ class TieredMachine(RuleBasedStateMachine):
         seq = self.model.add(prompt, num_output, n, salt, no_prefix_lookup=no_lookup)
         self.seqs.append(seq)
 
-    @rule(n=st.integers(1, 4))
-    def step(self, n):
-        for _ in range(n):
-            self.model.step()
-
-    @precondition(lambda self: self.seqs)
-    @rule(data=st.data(), in_flight=st.booleans())
-    def abort(self, data, in_flight):
-        plan = None
-        if in_flight:
-            self.model.settle()
-            plan = self.model.schedule()
-            tokens = self.model.run(plan)
-        seq = data.draw(st.sampled_from(self.seqs + self.model.children))
-        live = seq.status in LIVE
-        assert self.scheduler.abort(seq.seq_id) is (seq if live else None)
-        if live:
-            seq.data = (seq.data[0], seq.num_output, 0)
-        if plan is not None:
-            self.model.finish_step(plan, tokens)
-
     def teardown(self):
         if not hasattr(self, "model"):
             return
-        everyone = self.seqs + [c for s in self.seqs for c in [s] * s.data[2]]
-        work = sum(s.num_prompt + s.data[1] for s in everyone + self.model.children)
-        self.model.drain(limit=4 * (work + len(everyone)) * self.scheduler.max_num_seqs + 50)
-        for seq in self.seqs + self.model.children:
-            assert seq.status in (Status.FINISHED, Status.FAILED)
-            self.model.verify(seq)
+        self.end(4, 50)
         tiers = self.scheduler.tiers
         assert tiers.gpu.num_used == 0
         for _ in range(20):

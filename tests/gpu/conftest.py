@@ -24,3 +24,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def clean_flag():
+    """A test starts with a clean error flag and, unless it reads it itself, leaves one."""
+    ops.device_errors("cuda")
+    yield
+    assert ops.describe_errors(ops.device_errors("cuda").tolist()) is None

@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from reference import FLOAT8, INT8
+from test_moves import random_moves
 from torch import Tensor
 
 from torch_pd import ops
@@ -105,14 +106,7 @@ def move_in_order(
     slow = torch.randn(2048, 2048, device=gpu.device)
     seen = []
     for _ in range(steps):
-        for _ in range(rng.integers(0, 8)):
-            g, h = int(rng.integers(0, pages)), int(rng.integers(0, len(want_under)))
-            if rng.random() < 0.5:
-                queue.move_out(g, h)
-                want_under[h] = want_gpu[g]
-            else:
-                queue.move_in(h, g)
-                want_gpu[g] = want_under[h]
+        random_moves(rng, queue, want_gpu, want_under)
         read, written = rng.choice(pages, 2, replace=False).tolist()
         queue.compute_on([read, written])
         batches, waits = queue.take()

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch_pd._runtime as _runtime
 from device_pools import DEVICE, error
+from models import tokens_of
 from test_elastic import PAGE_GIB, scarce
 from test_engine_gpu import prompts_of, qwen3
-from test_llm_tiers import run, tokens_of, work
+from test_llm_tiers import run, work
 
 from torch_pd import LLM, SamplingParams, ops
 from torch_pd.engine import engine

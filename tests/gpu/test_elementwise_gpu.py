@@ -11,7 +11,6 @@ from device_pools import (
     INT8,
     LAYER,
     assert_frame,
-    error,
     few,
     framed,
     generators,
@@ -27,13 +26,7 @@ from torch import Tensor
 
 from torch_pd import ops
 
-
-@pytest.fixture(autouse=True)
-def clean_flag():
-    """Every test starts with a clean flag and, unless it reads it itself, leaves one."""
-    ops.device_errors(DEVICE)
-    yield
-    assert error() is None
+pytestmark = pytest.mark.usefixtures("clean_flag")
 
 
 # --- rms_norm, gated_act ---
@@ -197,33 +190,7 @@ def test_rope_write_kv(case):
     assert_frame(frame, q)
 
     pool = guarded(reference._pool_views(pool.memory.cpu(), whole.data.shape, whole.data.dtype))
-    written = slots >= 0
-    page, token = slots[written] // pool.data.shape[3], slots[written] % pool.data.shape[3]
-    k_cache, v_cache = pool.layer(LAYER)
-    if pool.k_scale is None:
-        reference.assert_rounded(k_cache[page, token], k[written], 4e-6)
-        assert torch.equal(v_cache[page, token], v[written].to(qkv.dtype))
-    else:
-        v_bytes, v_scale = reference.quantize(v[written], v_cache.dtype)
-        assert same_bytes(v_cache[page, token], v_bytes)
-        assert torch.equal(pool.scales(LAYER)["v_scale"][page, token], v_scale)
-        scale = pool.scales(LAYER)["k_scale"][page, token]
-        largest = k[written].abs().amax(-1)
-        assert ((scale - largest / reference.BYTES[v_cache.dtype]).abs() <= scale * 1e-5).all()
-        restored = reference.values_of(k_cache[page, token]).double() * scale[..., None]
-        if v_cache.dtype == INT8:
-            allowed = largest[..., None].expand_as(k[written]) * 0.501 / 127
-        else:
-            # Half a step of four mantissa bits, or of the smallest one.
-            allowed = k[written].abs() * (2**-5 + 1e-5)
-            allowed += largest[..., None] * (1.01 * 2**-19 / reference.BYTES[FLOAT8] + 1e-5)
-        assert ((restored - k[written]).abs() <= allowed).all()
-    # Everything else in the pool is as it was.
-    for cache, old in zip(pool.layer(LAYER), before.layer(LAYER), strict=True):
-        cache[page, token] = old[page, token]
-    for name, scale in pool.scales(LAYER).items():
-        scale[page, token] = before.scales(LAYER)[name][page, token]
-    assert torch.equal(pool.memory, before.memory)
+    reference.assert_rope_written(pool, before, LAYER, slots, k, v, qkv.dtype)
 
 
 # --- pack_shards, unpack_shards ---

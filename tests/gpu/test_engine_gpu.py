@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from device_pools import DEVICE
+from models import tokens_of
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from torch_pd import LLM, SamplingParams, patch_model
@@ -55,10 +56,6 @@ def params_of(rng, n=1):
     if extra == 3:
         drawn |= {"logit_bias": {7: 2.0}, "min_tokens": min(5, drawn["max_tokens"])}
     return SamplingParams(**drawn)
-
-
-def tokens_of(outputs):
-    return [[list(choice.token_ids) for choice in output.outputs] for output in outputs]
 
 
 @pytest.mark.parametrize("rows", [1, 3, 24, 33])

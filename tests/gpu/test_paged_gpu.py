@@ -25,13 +25,7 @@ from torch import Tensor
 
 from torch_pd import ops
 
-
-@pytest.fixture(autouse=True)
-def clean_flag():
-    """Every test starts with a clean flag and, unless it reads it itself, leaves one."""
-    ops.device_errors(DEVICE)
-    yield
-    assert error() is None
+pytestmark = pytest.mark.usefixtures("clean_flag")
 
 
 @few

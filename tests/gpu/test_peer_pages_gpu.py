@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch_pd._runtime as _runtime
 from device_pools import move_in_order
+from models import tokens_of
 from ranks import run_ranks
-from test_llm_tiers import PAGE_GIB, tokens_of, work
-from test_peer_pages import LONG, SIZES, check, folder, large, long_prompts  # noqa: F401
+from test_llm_tiers import LONG, PAGE_GIB, long_prompts, work
+from test_peer_pages import SIZES, check, folder, large  # noqa: F401
 
 from torch_pd import LLM
 from torch_pd.engine.memory import driver_bytes

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from device_pools import DEVICE, DTYPES, error, nan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -10,22 +11,11 @@ from torch import Tensor
 from torch_pd import ops
 from torch_pd.engine import draw
 
-DEVICE = "cuda"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VOCABS = [1, 7, 50, 1000, 4096, 8200, 49152]
-nan, inf = float("nan"), float("inf")
+inf = float("inf")
 
 
-@pytest.fixture(autouse=True)
-def clean_flag():
-    ops.device_errors(DEVICE)
-    yield
-    assert error() is None
-
-
-def error() -> str | None:
-    """The message of the error flag, which is cleared."""
-    return ops.describe_errors(ops.device_errors(DEVICE).tolist())
+pytestmark = pytest.mark.usefixtures("clean_flag")
 
 
 def uniform(key: list[int]) -> float:

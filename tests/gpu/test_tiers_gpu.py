@@ -1,12 +1,10 @@
 """LLM over tiers on a GPU: pages move by copy engine beside the kernels that use the pool."""
 
-import random
-
 import models
 import pytest
-from test_llm_tiers import PAGE_GIB, run, work
+from test_llm_tiers import PAGE_GIB, check_larger_than_the_pool, run, work
 
-from torch_pd import LLM, SamplingParams
+from torch_pd import LLM
 from torch_pd.engine import engine
 from torch_pd.engine.swapper import SwapCosts
 
@@ -42,11 +40,4 @@ def test_tiny_pools_give_the_same_tokens(model, page_bytes, tmp_path, caching, m
 
 
 def test_a_sequence_larger_than_the_gpu_pool(model, page_bytes):
-    rng = random.Random(5)
-    prompts = [[rng.randrange(3, models.VOCAB) for _ in range(n)] for n in (140, 20, 97)]
-    params = SamplingParams(temperature=0.0, max_tokens=18, ignore_eos=True, detokenize=False)
-    expected, _ = run(model, prompts, params, kv_cache_gib=0.05)
-    gib = page_bytes * PAGE_GIB
-    outputs, stats = run(model, prompts, params, kv_cache_gib=5.5 * gib, host_kv_gib=12.5 * gib)
-    assert stats["kv_tokens"] == 64
-    assert outputs == expected
+    check_larger_than_the_pool(model, page_bytes)

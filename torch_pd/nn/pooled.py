@@ -285,13 +285,13 @@ def pool_model(
     if len(changes) != len(weights.layers):
         plain = next((path for path in state.paths if path.path == "attention"), None)
         what = f"{plain.name}: {plain.reason}" if plain else f"only {len(changes)} layers are fused"
-        raise _unpooled(model, what)
+        raise cannot_pool(model, what)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
         name = names[id(embedding)]
-        raise _unpooled(model, f"{name} is a {type(embedding).__name__}, not an nn.Embedding")
+        raise cannot_pool(model, f"{name} is a {type(embedding).__name__}, not an nn.Embedding")
     if type(head) is not nn.Linear:
-        raise _unpooled(model, f"{names[id(head)]} is a {type(head).__name__}, not an nn.Linear")
+        raise cannot_pool(model, f"{names[id(head)]} is a {type(head).__name__}, not an nn.Linear")
     vocab = weights.split[0].vocab
     factor = _factor(embedding, weights) if type(embedding) is not nn.Embedding else None
     bias = None if head.bias is None else head.bias.detach()
@@ -331,7 +331,8 @@ def _pooled_block(
     return PooledBlock(**{**vars(fused), **own}, halves=halves)
 
 
-def _unpooled(model: nn.Module, reason: str) -> ValueError:
+def cannot_pool(model: nn.Module, reason: str) -> ValueError:
+    """The error for a model whose weights are not of the kinds that are shared."""
     return ValueError(
         f"the weights of {type(model).__name__} cannot be shared between ranks: {reason}; use "
         "weights='resident'"

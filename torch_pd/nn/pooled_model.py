@@ -12,7 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from torch_pd.config import EngineConfig
 from torch_pd.nn.block import FusedBlock
 from torch_pd.nn.patch import patch_model
-from torch_pd.nn.twin import cannot_pool, check_twin, fused_blocks, fused_parts
+from torch_pd.nn.pooled import cannot_pool
+from torch_pd.nn.twin import check_twin, fused_blocks, fused_parts
 from torch_pd.weights.checkpoint import Checkpoint
 from torch_pd.weights.dummy import Dummy
 from torch_pd.weights.layout import ModelDims, make_layout

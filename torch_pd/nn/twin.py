@@ -4,25 +4,18 @@ import copy
 import gc
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from torch_pd.nn.block import FusedAttention, FusedBlock, FusedMLP, Norm
 from torch_pd.nn.patch import patch_model
 from torch_pd.nn.patched import describe
+from torch_pd.nn.pooled import cannot_pool
 from torch_pd.weights.dummy import Dummy
 from torch_pd.weights.skeleton import build_skeleton, materialise
 from torch_pd.weights.slices import Slice
 
 _VOCAB = 128
 _INTERMEDIATE = 256
-
-
-def cannot_pool(model: nn.Module, reason: str) -> ValueError:
-    return ValueError(
-        f"the weights of {type(model).__name__} cannot be shared between ranks: {reason}; use "
-        "weights='resident'"
-    )
 
 
 def fused_blocks(model: PreTrainedModel) -> list[FusedBlock]:
