@@ -49,7 +49,7 @@ def qwen3(layers: int, **sizes: int) -> Qwen3Config:
 
 
 def host_peak() -> int:
-    """Bytes of this process at most since `reset_host_peak`, pages of mapped files included."""
+    """Bytes of this process at most since `measure` began, pages of mapped files included."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 

@@ -1,7 +1,8 @@
 """Seconds of a step with weights resident, streamed or shipped: pure arithmetic, no devices.
 
 The same formulas choose between streaming and shipping while a group runs and foresee a run in
-`torch_pd.planner`. Per rank and step, with T tokens and m ranks that share one copy of the weights:
+`torch_pd.engine.planner`. Per rank and step, with T tokens and m ranks that share one copy of the
+weights:
 
 * resident: GEMMs at the rate of the tensor cores or of reading all weights, whichever is slower,
   then attention and the rest.

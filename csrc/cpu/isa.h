@@ -2,8 +2,8 @@
 // TORCH_PD_ISA = base | avx2 | avx512 | avx512bf16; each defines its functions in the namespace of
 // that name. TPD_ISA declares such a function in every namespace and defines a pick at run time:
 //
-//   TPD_ISA(void, linear_rows, (const Linear& p, int64_t begin, int64_t end))
-//   ... linear_rows_fn()(p, 0, n);        // the best one for this CPU
+//   TPD_ISA(void, rms_norm_rows, (const RmsNorm& p, int64_t begin, int64_t end))
+//   ... rms_norm_rows_fn()(p, 0, n);        // the best one for this CPU
 //
 // Rule: an isa/ source uses no inline function or template from outside its own namespace (std::
 // containers, torch headers' helpers): the linker keeps one copy of such a function for the whole

@@ -1,6 +1,6 @@
 // exchange: each rank's messages to all others in one kernel, by stores into mapped inboxes.
 //
-// An inbox is a block of GPU memory that the other ranks of the host map (weights/peer.py); its
+// An inbox is a block of GPU memory that the other ranks of the host map (torch_pd/peer.py); its
 // owner reads it, the others write. A message moves in lines of 128 bytes: 7 words of 16 bytes and
 // one that holds the number of the exchange, written by 8 neighbouring threads with one
 // instruction. The receiver loads lines the same way until the number is right; then the 7 words

@@ -183,7 +183,6 @@ class Streams {
     for (cudaEvent_t event : spare_) cudaEventDestroy(event);
   }
 
-  bool batched() const { return batched_; }
   cudaStream_t stream(int lane) const { return lanes_[lane].stream; }
 
   // What the next batch of a lane waits for.
@@ -384,7 +383,6 @@ class Migrator {
   }
 
 #ifdef TORCH_PD_RUNTIME_CUDA
-  bool batched() const { return streams_ && streams_->batched(); }
   uintptr_t stream(int lane) const {
     check(lane);
     return streams_ ? reinterpret_cast<uintptr_t>(streams_->stream(lane)) : 0;
@@ -433,7 +431,6 @@ void bind_migrator(py::module_& m) {
       .def("finish", &Migrator::finish, py::arg("lane"), py::arg("ticket"),
            py::call_guard<py::gil_scoped_release>())
 #ifdef TORCH_PD_RUNTIME_CUDA
-      .def_property_readonly("batched", &Migrator::batched)
       .def("stream", &Migrator::stream, py::arg("lane"))
       .def("begin", &Migrator::begin, py::arg("lane"), py::arg("after"), py::arg("compute"))
       .def("end", &Migrator::end, py::arg("lane"))

@@ -143,9 +143,6 @@ class Puller {
     }
   }
 
-  int64_t released() const { return released_; }
-  int64_t issued() const { return issued_; }
-
  private:
   int64_t count() const { return static_cast<int64_t>(items_.size()); }
 
@@ -326,7 +323,5 @@ void bind_puller(py::module_& m) {
       .def("acquire", &Puller::acquire, py::arg("use"), py::arg("stream"), Release())
       .def("release", &Puller::release, py::arg("use"), py::arg("stream"), Release())
       .def("skip", &Puller::skip, py::arg("use"), py::arg("stream"), Release())
-      .def("close", &Puller::close, Release())
-      .def_property_readonly("released", &Puller::released, "Uses released so far.")
-      .def_property_readonly("issued", &Puller::issued, "Uses whose copies were issued.");
+      .def("close", &Puller::close, Release());
 }

@@ -1,7 +1,7 @@
 """Runner: turns a plan of integers into tensors, runs the model and draws tokens.
 
 This is the one place where Python lists become tensors. All arrays of a step go to the device in
-one copy; nothing here waits for the device but `Ticket.wait`, so the next step can be prepared and
+one copy; nothing here waits for the device but `Tickets.wait`, so the next step can be prepared and
 launched while this one runs. On the CPU the same code has finished when it returns.
 """
 

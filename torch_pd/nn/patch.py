@@ -62,7 +62,10 @@ def patch_model(
     if config is not None and not isinstance(config, EngineConfig):
         raise TypeError(f"config must be an EngineConfig, got {type(config).__name__}")
     if group is not None:
-        raise ValueError(f"group={group!r}: weights shared by several ranks are not supported yet")
+        raise ValueError(
+            f"group={group!r} must be None: a patched model has weights of its own; "
+            "LLM(path, data_parallel_size=2, weights='pooled') shares them between ranks"
+        )
     if is_patched(model):
         return model
     config = config or EngineConfig()
