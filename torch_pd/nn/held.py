@@ -24,8 +24,7 @@ class Held:
         self._hooks: list[dict] = []
         # As of the last `mend`.
         self._blocks: list[FusedBlock] = []
-        self._merged: list[MergedLinear] = []
-        self._merges: list[int] = []
+        self._merges = 0
         self._places: list[tuple[dict, str]] = []
         self._addresses: list[int] = []
 
@@ -69,16 +68,16 @@ class Held:
         if (
             len(blocks) == len(self._blocks)
             and all(map(is_, blocks, self._blocks))
-            and self._merges == [merged.merges for merged in self._merged]
+            and self._merges == MergedLinear.merges
             and self._addresses == self._look()
         ):
             return
         self._blocks = blocks
-        self._merged = [merged for fused in blocks for merged in fused.merged()]
-        for merged in self._merged:
+        matrices = [merged for fused in blocks for merged in fused.merged()]
+        for merged in matrices:
             merged.mend()
-        self._merges = [merged.merges for merged in self._merged]
-        self._places = [place for merged in self._merged for place in merged.places()]
+        self._merges = MergedLinear.merges
+        self._places = [place for merged in matrices for place in merged.places()]
         self._addresses = self._look()
 
     def _look(self) -> list[int]:

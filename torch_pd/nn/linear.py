@@ -1,7 +1,7 @@
 """Linear layers: one function for all, and several of them merged into one matrix."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +81,11 @@ class MergedLinear:
     are linears that lie behind each other in one storage already (as the loader puts them).
     """
 
+    merges: ClassVar[int] = 0
+    """How often any was merged."""
+
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.linears = list(linears)
-        self.merges = 0
-        """How often it was merged."""
         self.weight: Tensor
         self.bias: Tensor | None
         self.merge()
@@ -94,7 +95,7 @@ class MergedLinear:
 
     def merge(self) -> None:
         """Merges what the modules hold now; to be called after their storage was replaced."""
-        self.merges += 1
+        MergedLinear.merges += 1
         self.weight = _merge([module.weight for module in self.linears])
         # All have a bias or none.
         biased = self.linears[0].bias is not None
