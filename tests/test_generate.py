@@ -228,6 +228,10 @@ def test_errors():
         model(ids[0])
     with pytest.raises(ValueError, match="cu_seq_lens_q"):
         model(ids, cu_seq_lens_q=torch.tensor([0, 4]))
+    several = torch.tensor([[0, 1, 2, 3], [0, 1, 0, 1]])
+    with pytest.raises(ValueError, match=r"do not go up by one in row 1.*several sequences"):
+        model(ids, position_ids=several, use_cache=False)
+    model(ids, position_ids=several, use_cache=False, attention_mask=torch.ones(2, 4))
     cache = model(ids).past_key_values
     with pytest.raises(ValueError, match="2 sequences, the input has 1"):
         model(ids[:1], past_key_values=cache)

@@ -322,6 +322,13 @@ def test_hooks_that_nothing_would_call_are_refused():
     assert sorted(map(str, calls)) == ["1"] * 4 + ["attention"]
 
 
+def test_parametrized_weights_are_refused():
+    model = patch_model(models.build("llama"))
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.k_proj)
+    with pytest.raises(ValueError, match="the weight of a fused layer is no Parameter"):
+        model(torch.tensor([[3, 4, 5]]))
+
+
 def test_offloaded_weights_are_refused():
     model = accelerate.cpu_offload(models.build("llama"), execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match="accelerate keeps its weights elsewhere"):

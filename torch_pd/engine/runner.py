@@ -150,8 +150,9 @@ class Runner:
             self.graphs = DecodeGraphs(sizes, self._prepare_capture, self._halved_sizes(sizes))
         except RuntimeError as error:
             if self._serving:
-                error.add_note("shipped steps are not captured with enforce_eager=True")
-                raise
+                raise RuntimeError(
+                    f"{error} (shipped steps are not captured with enforce_eager=True)"
+                ) from error
             self.no_graphs = str(error).splitlines()[0]
             logger.warning(
                 "no CUDA graphs, decoding steps are launched eagerly: %s", self.no_graphs

@@ -75,6 +75,8 @@ def forward(model: PreTrainedModel, *args, **kwargs) -> Any:
         if len(real) < len(flat):
             flat = flat[real.to(flat.device)]
         if positions is not None:
+            if mask is None and not kept:
+                _check_unpacked(positions)
             counted = _check_positions(positions, num_rows, length).flatten()[real.to(flat.device)]
         longest = max(cache.lengths)
         if state.limit is not None and positions is not None:
@@ -229,6 +231,17 @@ def _check_positions(positions: Tensor, num_rows: int, length: int) -> Tensor:
             f"{[1, length]}"
         )
     return positions.expand(num_rows, length)
+
+
+def _check_unpacked(positions: Tensor) -> None:
+    """ValueError for positions that transformers takes for several sequences in one row: without a
+    mask and a cache it cuts where they do not go up by one."""
+    jumps = (positions.diff(dim=-1) != 1).flatten(0, -2).any(-1).nonzero()[:, 0]
+    if len(jumps):
+        raise ValueError(
+            f"position_ids do not go up by one in row {int(jumps[0])}: transformers takes that for "
+            "several sequences in one; give each a row of its own, or an attention_mask"
+        )
 
 
 def _wanted(rows: Tensor, keep: int | Tensor | None) -> Tensor:

@@ -82,5 +82,6 @@ class Held:
 
     def _look(self) -> list[int]:
         return [
-            0 if (tensor := at[name]) is None else tensor.data_ptr() for at, name in self._places
+            0 if (tensor := at.get(name)) is None else tensor.data_ptr()
+            for at, name in self._places
         ]

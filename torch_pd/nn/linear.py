@@ -108,7 +108,14 @@ class MergedLinear:
             if merged is None or merged.is_meta:
                 continue
             at = merged.data_ptr()
-            for parameter in (module._parameters[own] for module in self.linears):
+            for module in self.linears:
+                if own not in module._parameters:
+                    raise ValueError(
+                        f"the {own} of a fused layer is no Parameter of its linear any more (a "
+                        "parametrization?): call torch_pd.unpatch_model before such a change, and "
+                        "patch_model again after it"
+                    )
+                parameter = module._parameters[own]
                 torn |= parameter is None or parameter.data_ptr() != at
                 at += 0 if parameter is None else parameter.nbytes
         if torn:

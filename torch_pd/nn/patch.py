@@ -45,7 +45,8 @@ def patch_model(
     Decoder layers of a known structure become fused blocks, checked against Hugging Face's own
     result on a few tokens; others keep Hugging Face's code and get the attention function alone
     (`describe` tells which and why). ``generate`` and plain calls work on, without gradients and in
-    eval mode, which is set here. Parameters, their names and values stay. A patched model is
+    eval mode, which is set here. Parameters, their names and values stay, and may change; numbers
+    beside them (an epsilon, a scale of attention) are read here, once. A patched model is
     returned as it is.
 
     Args:
