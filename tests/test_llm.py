@@ -437,6 +437,19 @@ def test_bad_prompts(llm, prompts, kind, message):
     assert llm.stats()["waiting"] == 0
 
 
+def test_default_dtype_changes_nothing(tiny, llm):
+    params = SamplingParams(
+        seed=1, max_tokens=12, repetition_penalty=1.013, logit_bias={5: 1.003}, ignore_eos=True
+    )
+    want = tokens_of(llm.generate(TEXTS, params, use_tqdm=False))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with LLM(tiny, kv_cache_gib=0.01) as other:
+            assert tokens_of(other.generate(TEXTS, params, use_tqdm=False)) == want
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_bad_params_for_prompts(llm):
     with pytest.raises(ValueError, match="2 sampling_params for 1 prompts"):
         llm.generate("a", [GREEDY, GREEDY], use_tqdm=False)

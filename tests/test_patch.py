@@ -329,6 +329,23 @@ def test_parametrized_weights_are_refused():
         model(torch.tensor([[3, 4, 5]]))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_default_dtype_and_autocast_change_nothing(name):
+    ids = make_prompts()[0][None]
+    model = models.build(name)
+    want = patch_model(model)(ids).logits
+    here = paths(model)
+    unpatch_model(model)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            got = patch_model(model)(ids).logits
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
+    assert paths(model) == here
+
+
 def test_offloaded_weights_are_refused():
     model = accelerate.cpu_offload(models.build("llama"), execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match="accelerate keeps its weights elsewhere"):

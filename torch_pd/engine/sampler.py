@@ -200,7 +200,7 @@ class Sampler:
         if entries:
             row_ids, tokens, bias = zip(*entries, strict=True)
             at = (_index(row_ids, logits), _index(tokens, logits))
-            logits[at] += torch.tensor(bias, device=logits.device)
+            logits[at] += torch.tensor(bias, dtype=torch.float32, device=logits.device)
 
     def _forbid_stops(
         self, logits: Tensor, rows: Sequence[SamplingRow], positions: Sequence[int]
@@ -340,7 +340,8 @@ def _penalise(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
         (p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for _, p, _ in lists
     ]
     row_ids, tokens, counts, place = torch.from_numpy(entries).to(logits.device)
-    repetition, frequency, presence = torch.tensor(penalties, device=logits.device)[place].T
+    table = torch.tensor(penalties, dtype=torch.float32, device=logits.device)
+    repetition, frequency, presence = table[place].T
     values = logits[row_ids, tokens]
     values = torch.where(values > 0, values / repetition, values * repetition)
     values = values - frequency * counts - presence * (counts > 0)

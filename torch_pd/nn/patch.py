@@ -21,6 +21,7 @@ from torch_pd.nn.patched import (
     is_patched,
     new_pool,
     patch_state,
+    without_autocast,
 )
 from torch_pd.nn.probe import (
     BLOCK_SIZE,
@@ -73,35 +74,41 @@ def patch_model(
     undo: list[Undo] = [functools.partial(model.train, model.training)]
     model.eval()
     try:
-        probe = probe_model(model, undo)
-        state = PatchState(
-            running=Pass(),
-            block_size=config.block_size,
-            kv_cache_dtype=config.kv_cache_dtype,
-            call=probe.layers[0].call,
-            num_layers=len(probe.layers),
-            forward=_unbound_forward(model),
-            signature=inspect.signature(model.forward),
-            limit=probe.limit,
-            window=min((w for w in (layer.call.window for layer in probe.layers) if w), default=0),
-            dtype=model.dtype,
-            undo=undo,
-        )
-        _patch_layers(model, state, probe)
-        _let_flow(model, state, probe)
-        _patch_rest(model, state)
-        if probe.logits is not None:
-            try:
-                _check_logits(model, probe)
-            except (ValueError, RuntimeError):
-                # Perhaps the model does something between its layers: each completes its output.
-                if not _complete_outputs(state, model):
-                    raise
-                _check_logits(model, probe)
+        with without_autocast(model.device):
+            _patch(model, config, undo)
     except BaseException:
         _undo(undo)
         raise
     return model
+
+
+def _patch(model: PreTrainedModel, config: EngineConfig, undo: list[Undo]) -> None:
+    probe = probe_model(model, undo)
+    state = PatchState(
+        running=Pass(),
+        block_size=config.block_size,
+        kv_cache_dtype=config.kv_cache_dtype,
+        call=probe.layers[0].call,
+        num_layers=len(probe.layers),
+        forward=_unbound_forward(model),
+        signature=inspect.signature(model.forward),
+        limit=probe.limit,
+        window=min((w for w in (layer.call.window for layer in probe.layers) if w), default=0),
+        dtype=model.dtype,
+        undo=undo,
+    )
+    _patch_layers(model, state, probe)
+    _let_flow(model, state, probe)
+    _patch_rest(model, state)
+    if probe.logits is None:
+        return
+    try:
+        _check_logits(model, probe)
+    except (ValueError, RuntimeError):
+        # Perhaps the model does something between its layers: each completes its output.
+        if not _complete_outputs(state, model):
+            raise
+        _check_logits(model, probe)
 
 
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:

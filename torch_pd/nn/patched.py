@@ -1,5 +1,6 @@
 """PatchState: what hangs on a patched model, and what the model is asked for through it."""
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -135,6 +136,14 @@ class PatchState:
         return page_shape(self.num_layers, call.num_kv_heads, call.head_dim, dtype, size)
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Pages, and what writes to them, are of the model's own dtype."""
+    kind = device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _path(model: nn.Module, module: nn.Module) -> str:
     """The name of a module inside a model."""
     names = {id(other): path for path, other in model.named_modules()}
@@ -203,7 +212,7 @@ def run(
     if select is not None and state.takes_select:
         inputs["logits_to_keep"] = select
     running = state.running
-    with state.lock:
+    with state.lock, without_autocast(positions.device):
         running.batch, running.pool = batch, pool
         try:
             output = state.forward(

@@ -239,7 +239,8 @@ def _recognise_gated_mlp(module: nn.Module) -> Callable[[], FusedMLP]:
 
 
 def _activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
-    x = torch.cat([torch.linspace(-6, 6, 97), torch.tensor([-1e3, -50.0, -9.0, 9.0, 50.0, 1e3])])
+    tails = torch.tensor([-1e3, -50.0, -9.0, 9.0, 50.0, 1e3], dtype=torch.float32)
+    x = torch.cat([torch.linspace(-6, 6, 97, dtype=torch.float32), tails])
     with torch.no_grad():
         y = function(x)
     for name, formula in _ACTIVATIONS.items():
@@ -263,10 +264,11 @@ def recognise_norm(name: str, module: nn.Module | None) -> Norm:
     width = weights["weight"].shape[0]
     probe: Callable[[Tensor], Tensor]
     probe = copied = copy.deepcopy(module).to_empty(device="cpu").float()
-    weight = torch.randn(width, generator=generator)
+    weight = torch.randn(width, generator=generator, dtype=torch.float32)
     copied.get_parameter("weight").data.copy_(weight)
     # Small rows as well, where eps counts.
-    x = torch.randn(3, width, generator=generator) * torch.tensor([[1.0], [30.0], [eps**0.5]])
+    sizes = torch.tensor([[1.0], [30.0], [eps**0.5]], dtype=torch.float32)
+    x = torch.randn(3, width, generator=generator, dtype=torch.float32) * sizes
     with torch.no_grad():
         y = probe(x)
     for offset in (0.0, 1.0):
