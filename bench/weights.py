@@ -9,7 +9,8 @@ few and many rows, a copy and a read in memory. ``linears``: all linears of one 
 against resident (four layers that are used in turn: a whole copy does not fit beside the shard).
 ``own``: the same with the rank's own shard copied into the ring or multiplied where it lies.
 ``ablations``: the same streamed steps with other rings, streams, layouts, a common start, and
-ranks out of step. Any number of GPUs; without one it runs on the CPU, with ``--shape tiny``.
+ranks out of step. Any number of GPUs; without one all but ``beside`` and ``kernels`` runs on the
+CPU, with ``--shape tiny``.
 """
 
 import argparse

@@ -84,10 +84,15 @@ def absent_minded(link, rank):
 
 def halved(link, setup):
     """A worker whose decoding steps run in halves where they can."""
+    import torch
+    from ranks import share_gpus
+
     from torch_pd.engine import worker
     from torch_pd.engine.halving import Halving
 
     Halving.pays = lambda self, rows, kv_tokens: rows >= 2
+    if setup.device == "cuda" and setup.size > torch.cuda.device_count():
+        share_gpus()
     worker.main(link, setup)
 
 

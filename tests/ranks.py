@@ -1,5 +1,6 @@
 """Runs a function in several processes that form a group of torch.distributed."""
 
+import dataclasses
 import multiprocessing
 import os
 import sys
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# On the CPU a process is forked from a server that has imported what takes seconds.
+# A process is forked from a server that has imported what takes seconds (and has no GPU open).
 multiprocessing.set_forkserver_preload(
     ["torch_pd.engine.joined", "transformers.models.llama.modeling_llama"]
 )
@@ -21,7 +22,7 @@ multiprocessing.set_forkserver_preload(
 def run_ranks(size: int, function: Callable, *args, device: str = "cpu") -> None:
     """``function(rank, *args)`` in ``size`` processes; an error in one is raised here.
 
-    On "cuda" every rank has its own GPU, current there, and the group is NCCL's.
+    On "cuda" every rank has a GPU, current there, and the group is NCCL's. See `take_gpu`.
 
     The function must be importable: of a test module, not inside another function.
     """
@@ -31,8 +32,47 @@ def run_ranks(size: int, function: Callable, *args, device: str = "cpu") -> None
             _main,
             (size, store, function, args, device, sys.path),
             nprocs=size,
-            start_method="forkserver" if device == "cpu" else "spawn",
+            start_method="forkserver",
         )
+
+
+def take_gpu(rank: int) -> torch.device:
+    """The GPU of a rank, current from here on. More ranks than GPUs share them, in turn.
+
+    NCCL takes two ranks on one GPU if they are on different hosts, and so is told that they are: it
+    goes by sockets between them.
+    """
+    gpus = torch.cuda.device_count()
+    os.environ |= {"NCCL_HOSTID": f"torch_pd-{rank // gpus}", "NCCL_SOCKET_IFNAME": "lo"}
+    device = torch.device("cuda", rank % gpus)
+    torch.cuda.set_device(device)
+    return device
+
+
+def share_gpus() -> None:
+    """Lets this rank be one of a world whose ranks share GPUs."""
+    from torch_pd import dist as worlds
+    from torch_pd.engine import joined, worker
+
+    def world() -> worlds.World:
+        # As on the CPU: nobody looks whose GPU is whose.
+        here = torch.device("cuda", torch.cuda.current_device())
+        return dataclasses.replace(worlds._world(torch.device("cpu")), device=here)
+
+    def connect(rank: int, size: int, device: str, store: dist.Store) -> worlds.World:
+        init_group(size, rank, device, store=store)
+        return world()
+
+    worker.connect = connect
+    joined.join_torchrun = lambda device: world()
+
+
+def init_group(size: int, rank: int, device: str, **where) -> None:
+    """The process group of this rank, on its device."""
+    here = take_gpu(rank) if device == "cuda" else None
+    dist.init_process_group(
+        "gloo" if here is None else "nccl", rank=rank, world_size=size, device_id=here, **where
+    )
 
 
 def _main(
@@ -42,15 +82,7 @@ def _main(
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=size,
-        device_id=torch.device(device, rank) if device == "cuda" else None,
-    )
+    init_group(size, rank, device, init_method=f"file://{store}")
     try:
         function(rank, *args)
     finally:
