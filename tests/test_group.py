@@ -23,6 +23,7 @@ from torch_pd.engine import spawned
 from torch_pd.engine.joined import Joined, _compare, _Inbox
 from torch_pd.engine.work import LOOK_AHEAD
 from torch_pd.launch import Ranks
+from torch_pd.roll import Roll
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 DRAWN = SamplingParams(n=2, temperature=1.0, max_tokens=9, ignore_eos=True)
@@ -221,7 +222,7 @@ def test_a_rank_never_waits_to_be_read():
     ]
     assert list(inbox.take(None)) == []
     there.close()
-    inbox.finish(Board("", 0, 1))
+    inbox.finish(Board("", 0, 1).check)
     here.close()
 
 
@@ -229,7 +230,7 @@ def test_unlike_calls_are_refused():
     first = Board("", 0, 2)
     boards = [first, Board(first.name, 1, 2)]
     ranks = [
-        types.SimpleNamespace(_world=types.SimpleNamespace(board=board, rank=rank))
+        types.SimpleNamespace(_world=types.SimpleNamespace(board=board, rank=rank), _roll=Roll())
         for rank, board in enumerate(boards)
     ]
     for number, what in enumerate(("generate", "stats", "generate"), start=1):
@@ -261,6 +262,7 @@ SCRIPT = """
 import os, signal, sys, time
 from torch import distributed
 from torch_pd import LLM
+from torch_pd.board import GroupError
 from test_group import GREEDY, POOLED, PROMPTS, SIZES, calls, tokens_of
 
 model, task = sys.argv[1:3]
@@ -284,10 +286,22 @@ with LLM(model, **POOLED, **SIZES) as llm:  # a second one finds the same group
     final.sort(key=lambda o: int(o.request_id.split("-")[1]))
     print(f"{rank}: streamed {tokens_of(final)}")
     print(f"{rank}: ranks {len(llm.stats()['ranks'])}")
+from torch_pd import roll
+roll.GRACE_S = 0.2
+llm = LLM(model, **SIZES)  # without shutdown: a rank that ends harms no other until it is needed
+llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+if rank == 0:
+    time.sleep(2)
+    try:
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    except GroupError as error:
+        print(f"0: {error}")
 """,
-    "prompts": """
-with LLM(model, **SIZES) as llm:
-    llm.generate(PROMPTS[rank:], GREEDY, use_tqdm=False)
+    "alone": """
+from torch_pd import roll
+roll._ABSENT_S = 2.0
+if rank == 0:
+    LLM(model, **SIZES)
 """,
     "sigkill": """
 def die(*_):
@@ -339,12 +353,22 @@ def test_torchrun_gives_the_same(tiny, expected, tmp_path):
         assert f"{rank}: results {expected}" in result.stdout
         assert f"{rank}: streamed {expected[0]}" in result.stdout
         assert f"{rank}: ranks 2" in result.stdout
+    assert re.search(
+        r"0: rank 1 \(process \d+\) has died or left the group\. rank 0 \(process \d+\) is in "
+        r"generate of LLM 4 .*; rank 1 .* \(the last, generate of LLM 4 .* ago\) and has ended its "
+        r"script\.",
+        result.stdout,
+    )
 
 
-def test_torchrun_with_different_prompts(tiny, tmp_path):
-    result = torchrun("prompts", tiny, tmp_path)
+def test_torchrun_with_an_llm_on_one_rank(tiny, tmp_path):
+    result = torchrun("alone", tiny, tmp_path)
     assert result.returncode != 0
-    assert "were given different prompts or parameters" in result.stderr
+    assert re.search(
+        r"GroupError: making LLM 1, at script.py:\d+ cannot end: rank 1 has ended without making "
+        r"it\. .*Under torchrun all ranks make the same LLMs",
+        result.stderr,
+    )
 
 
 @pytest.mark.parametrize("when", ["between", "inside"])

@@ -20,6 +20,8 @@ ORDER = [
     ["request"],
     ["ops"],
     ["board", "peer"],
+    ["record"],
+    ["roll"],
     ["dist", "child"],
     ["launch"],
     ["sizing"],

@@ -27,9 +27,9 @@ class GroupError(RuntimeError):
 class PeerLost(GroupError):
     """The process of ``rank`` is gone."""
 
-    def __init__(self, rank: int, pid: int):
-        super().__init__(f"rank {rank} (process {pid}) has died or left the group")
-        self.rank = rank
+    def __init__(self, rank: int, pid: int, more: str = ""):
+        super().__init__(f"rank {rank} (process {pid}) has died or left the group{more}")
+        self.rank, self.pid = rank, pid
 
 
 class PeerFailed(GroupError):

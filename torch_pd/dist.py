@@ -4,21 +4,18 @@ Our code reads no environment: under torchrun, torch's own ``env://`` does.
 """
 
 import atexit
-import os
 import socket
-import time
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from torch_pd.board import Board
+from torch_pd.roll import START_TIMEOUT_S, Roll, host_name
 
-START_TIMEOUT_S = 600.0
-"""How long ranks wait for each other while they start (torchrun's ranks may come far apart)."""
+_TIMEOUT = timedelta(seconds=START_TIMEOUT_S)
 
 
 @dataclass(frozen=True)
@@ -37,24 +34,24 @@ class World:
     cpu_group: dist.ProcessGroup
     unlinked: tuple[int, ...] = ()
     """Ranks whose GPU memory this rank's GPU cannot read directly."""
+    roll: Roll | None = None
+    """What the others do, under torchrun; where a parent starts the ranks, it watches them."""
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's (picklable) value, by rank. Collective."""
+        self.meet()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
     def meet(self) -> None:
-        """Waits for all ranks. Collective.
+        """Under torchrun, waits for all ranks, with words if it takes long. Collective.
 
         Raises:
-            GroupError: a rank died or failed before it came.
+            GroupError: a rank died or failed, or will not come.
         """
-        work = dist.barrier(self.cpu_group, async_op=True)
-        while not work.is_completed():
-            self.board.check()
-            time.sleep(0.002)
-        work.wait()
+        if self.roll is not None:
+            self.roll.meet()
 
     def leave(self) -> None:
         """Says goodbye on the board. The default process group stays: torchrun's store would not
@@ -86,40 +83,54 @@ def connect(rank: int, size: int, device: str, store: dist.Store) -> World:
         store=store,
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=START_TIMEOUT_S),
+        timeout=_TIMEOUT,
         device_id=here if device == "cuda" else None,
     )
     return _world(here)
 
 
-def join_torchrun(device: str) -> World:
+def join_torchrun(device: str, roll: Roll | None = None) -> World:
     """Joins torchrun's group, or the process group that the caller has made. Collective.
 
+    Args:
+        roll: of the ranks, in an act of this one.
+
     Raises:
+        GroupError: a rank does not come.
         ValueError: the ranks are not on one host, two share a GPU, or the port is taken.
     """
     ours = not dist.is_initialized()
-    here = _take_device(device, dist.get_node_local_rank(dist.get_rank() if not ours else None))
     if ours:
         try:
-            dist.init_process_group(
-                "nccl" if device == "cuda" else "gloo",
-                timeout=timedelta(seconds=START_TIMEOUT_S),
-                device_id=here if device == "cuda" else None,
-            )
-            # Without this, NCCL warns at exit of what it was left with.
-            atexit.register(dist.destroy_process_group)
+            store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
         except dist.DistNetworkError as error:
             raise ValueError(
                 f"the ranks cannot meet: {error}. If the port is taken, give torchrun another "
                 "--master-port (or --standalone, which picks a free one)"
             ) from error
+    else:
+        store = dist.distributed_c10d._get_default_store()
+        rank, size = dist.get_rank(), dist.get_world_size()
+    here = _take_device(device, dist.get_node_local_rank(rank))
+    if roll is not None:
+        roll.call(store, rank, size)
+    if ours:
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            store=dist.PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=size,
+            timeout=_TIMEOUT,
+            device_id=here if device == "cuda" else None,
+        )
+        # Without this, NCCL warns at exit of what it was left with.
+        atexit.register(dist.destroy_process_group)
     elif device == "cuda" and "nccl" not in dist.get_backend():
         raise ValueError(
             f"device='cuda' needs a process group with NCCL, the present one has "
             f"{dist.get_backend()}"
         )
-    return _world(here)
+    return _world(here, roll)
 
 
 def _take_device(device: str, index: int) -> torch.device:
@@ -140,14 +151,14 @@ def check_gpus(ranks: int) -> None:
         )
 
 
-def _world(device: torch.device) -> World:
+def _world(device: torch.device, roll: Roll | None = None) -> World:
     rank, size = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD
     assert group is not None
-    cpu_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=START_TIMEOUT_S))
+    cpu_group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
     about: list[Any] = [None] * size
-    dist.all_gather_object(about, (socket.gethostname(), _host(), device.type, gpu), cpu_group)
+    dist.all_gather_object(about, (socket.gethostname(), host_name(), device.type, gpu), cpu_group)
     for other, (name, host, kind, other_gpu) in enumerate(about):
         if host != about[0][1]:
             raise ValueError(
@@ -169,17 +180,11 @@ def _world(device: torch.device) -> World:
     # The creator must live until all have attached, and drops the board's name then.
     board.wait_for_all(START_TIMEOUT_S)
     unlinked = _unlinked([entry[3] for entry in about], rank) if gpu is not None else ()
-    return World(rank, size, device, board, group, cpu_group, unlinked)
+    return World(rank, size, device, board, group, cpu_group, unlinked, roll)
 
 
 _P2P_READ = 0
 """NVML's capability index of reads; pynvml's own constant is a tuple in some versions."""
-
-
-def _host() -> tuple[str, str]:
-    """The same for two processes if they run on one host and see each other's process ids."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return boot, os.readlink("/proc/self/ns/pid")
 
 
 def _unlinked(uuids: list[str], rank: int) -> tuple[int, ...]:

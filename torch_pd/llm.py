@@ -69,9 +69,8 @@ class LLM:
             named, tokenizer = tokenizer, self._find_tokenizer(model, tokenizer)
         self.tokenizer = tokenizer
         if launched_by_torchrun():
-            world = joined.join(self.config, "data_parallel_size" in config, device)
-            self.config.check_ranks(world.size)
-            self._runs = joined.Joined(model, tokenizer, self.config, device, world)
+            given = "data_parallel_size" in config
+            self._runs = joined.Joined(model, tokenizer, self.config, given, device)
             return
         self.config.check_ranks(self.config.data_parallel_size)
         if self.config.data_parallel_size == 1:

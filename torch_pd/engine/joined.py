@@ -8,14 +8,15 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 
-from torch_pd.board import Board, GroupError, PeerLost
+from torch_pd.board import GroupError, PeerLost
 from torch_pd.config import EngineConfig
 from torch_pd.dist import World, join_torchrun
 from torch_pd.engine.engine import Engine
@@ -27,12 +28,11 @@ from torch_pd.engine.work import Call, pack, run, unpack
 from torch_pd.engine.worker import ABORT, make_engine
 from torch_pd.launch import readable
 from torch_pd.request import RequestOutput
+from torch_pd.roll import Roll
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_GRACE_S = 5.0
-"""How long a rank of torchrun may handle the loss of another before it is ended."""
 _SETTLE_S = 0.3
 """Time in which the cause of a broken connection shows on the board."""
 
@@ -53,16 +53,15 @@ class Joined:
         model: Any,
         tokenizer: "PreTrainedTokenizerBase | None",
         config: EngineConfig,
+        given: bool,
         device: str,
-        world: World,
     ):
-        self._world = world
         self._numbers = Numbers()
         self._threads = torch.get_num_threads()
         self._own: Engine | Lender | None = None
-        # Out of a collective that a dead rank will never join, no exception leads.
-        world.board.guard(_GRACE_S)
-        with self._failing():
+        self._roll = Roll()
+        with self._roll.act(0, "making"), self._failing():
+            self._world = world = join(config, given, device, self._roll)
             same = {"model": str(model) if isinstance(model, (str, Path)) else type(model).__name__}
             _compare(world.all_gather(same | dataclasses.asdict(config)))
             if device == "cpu":
@@ -70,6 +69,7 @@ class Joined:
             self._own = make_engine(model, tokenizer, config, device, world)
             self._links = _link_up(world)
             self._inbox = _Inbox(self._links) if world.rank == 0 else None
+        weakref.finalize(self, self._roll.drop).atexit = False
 
     @property
     def first_rank(self) -> bool:
@@ -92,7 +92,7 @@ class Joined:
     def run(self, requests: list[Request], stream: bool) -> Iterator[RequestOutput]:
         call = self._numbers.begin(requests, stream)
         try:
-            with self._failing():
+            with self._roll.act(call.number, "stream" if stream else "generate"), self._failing():
                 self._enter(call.number, "generate", len(requests), call.digest())
                 yield from self._lead(call) if self._world.rank == 0 else self._follow(call)
         finally:
@@ -108,7 +108,7 @@ class Joined:
             raise ValueError(
                 f"ranks {self._world.rank} and {other} were given different prompts or parameters, "
                 f"or are not in the same call (here: {what}); under torchrun all ranks make the "
-                "same calls with the same arguments"
+                f"same calls with the same arguments. {self._roll.about_all()}"
             )
 
     def _lead(self, call: Call) -> Iterator[RequestOutput]:
@@ -120,7 +120,11 @@ class Joined:
             for output in self._all_outputs(call, known, working, own):
                 if output.finished:
                     finished.append(output)
-                yield output
+                if call.stream:
+                    with self._roll.in_loop():
+                        yield output
+                else:
+                    yield output
         except GeneratorExit:  # the caller left the loop
             self._world.board.drain()
             for rank in sorted(working):
@@ -168,7 +172,9 @@ class Joined:
             else:
                 outputs += unpack(message, known)
         if timeout_s is not None and not outputs:
-            self._world.board.check()
+            self._check()
+        else:
+            self._roll.check()
         return outputs
 
     def _follow(self, call: Call) -> Iterator[RequestOutput]:
@@ -176,6 +182,7 @@ class Joined:
         own = run(self._engine, self._world.board, call)
         results = None
         for some in own:
+            self._roll.check()
             if some:
                 link.send(pack(some))
             if readable(link):
@@ -188,7 +195,8 @@ class Joined:
             if link.poll(0.1):
                 results = self._read(link, 0)
             else:
-                self._world.board.check()
+                self._check()
+        self._roll.leave_act()
         yield from results
 
     def _read(self, link: Connection, rank: int) -> Any:
@@ -211,7 +219,7 @@ class Joined:
         except BaseException as error:
             cause = self._cause(error)
             torch.set_num_threads(self._threads)
-            self._world.board.fail(f"{type(cause).__name__}: {cause}")
+            self._roll.fail(f"{type(cause).__name__}: {cause}")
             self._own = None
             if cause is error:
                 raise
@@ -221,36 +229,48 @@ class Joined:
         """A rank that is gone, or failed, if a collective with it may have broken off: the error of
         the collective names a connection at most."""
         end = time.monotonic() + _SETTLE_S
-        while isinstance(error, (RuntimeError, OSError)) and not isinstance(error, GroupError):
-            try:
-                self._world.board.check()
-            except GroupError as cause:
-                return cause
+        while True:
+            if self._roll.verdict:
+                return GroupError(self._roll.verdict)
+            if isinstance(error, PeerLost):
+                return self._roll.explain(error)
+            if isinstance(error, GroupError) or not isinstance(error, (RuntimeError, OSError)):
+                return error
             if time.monotonic() > end:
-                break
+                return error
+            try:
+                self._roll.check_board()
+            except GroupError as cause:
+                error = cause
             time.sleep(0.02)
-        return error
 
     def stats(self) -> dict[str, Any]:
         self._numbers.check()
-        with self._failing():
-            self._enter(self._numbers.next(), "stats")
-            return sum_stats(self._world.all_gather(self._engine.stats()))
+        number, engine = self._numbers.next(), self._engine
+        with self._roll.act(number, "stats"), self._failing():
+            self._enter(number, "stats")
+            return sum_stats(self._world.all_gather(engine.stats()))
 
     def shutdown(self) -> None:
         torch.set_num_threads(self._threads)
         if self._own is None:
             return
-        with self._failing():
-            self._enter(self._numbers.next(), "shutdown")
+        number = self._numbers.next()
+        with self._roll.act(number, "shutdown"), self._failing():
+            self._enter(number, "shutdown")
             self._own.shutdown()
             self._own = None
             if self._inbox is not None:
-                self._inbox.finish(self._world.board)  # once the others have closed their ends
+                self._inbox.finish(self._check)  # once the others have closed their ends
             for link in self._links.values():
                 link.close()
             self._world.meet()  # all leave together, or the first would be missed
             self._world.leave()
+        self._roll.end("has shut it down")
+
+    def _check(self) -> None:
+        self._roll.check()
+        self._world.board.check()
 
 
 _GONE = object()
@@ -286,26 +306,27 @@ class _Inbox:
         except queue.Empty:
             return
 
-    def finish(self, board: Board) -> None:
-        """Waits until all connections have ended; a GroupError if a rank fails before."""
+    def finish(self, check: Callable[[], None]) -> None:
+        """Waits until all connections have ended; ``check`` raises if a rank fails before."""
         while self._thread.is_alive():
             self._thread.join(0.1)
-            board.check()
+            check()
 
 
-def join(config: EngineConfig, given: bool, device: str) -> World:
+def join(config: EngineConfig, given: bool, device: str, roll: Roll) -> World:
     """The world that torchrun made.
 
     Args:
         given: the caller named data_parallel_size.
     """
-    world = join_torchrun(device)
+    world = join_torchrun(device, roll)
+    roll.attach(world.board)
     if given and config.data_parallel_size != world.size:
-        world.leave()
         raise ValueError(
             f"data_parallel_size={config.data_parallel_size} given, but torchrun started "
             f"{world.size} ranks; leave it out, or start as many"
         )
+    config.check_ranks(world.size)
     return world
 
 

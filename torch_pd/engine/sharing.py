@@ -66,6 +66,7 @@ def load_shared(
     if weights.size == 1:
         return pool_model(loaded, weights, source=Resident([weights])), None, None
     shape = shape_of(loaded, weights.dtype.itemsize)
+    world.meet()  # ranks may load at very unlike speeds
     group, board = _meet(world, config.weight_replicas)
     streaming = None
     if memory is not None:
