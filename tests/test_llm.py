@@ -370,6 +370,38 @@ def test_an_empty_prompt_is_the_token_that_begins_texts(tiny):
     assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
 
 
+def test_a_module_gets_other_weights(tiny):
+    model, other, third = (AutoModelForCausalLM.from_pretrained(tiny) for _ in range(3))
+    with torch.no_grad():
+        for one, two in zip(other.parameters(), third.parameters(), strict=True):
+            one += 0.1 * torch.randn_like(one)
+            two += 0.1 * torch.randn_like(two)
+    prompts = [list(range(5, 75)), [7, 8, 9]]
+    wanted = []
+    for module in (model, other, third):
+        with LLM(module, kv_cache_gib=0.01) as llm:
+            wanted.append(tokens_of(llm.generate(prompts, GREEDY, use_tqdm=False)))
+    with LLM(model, kv_cache_gib=0.01) as llm:
+        assert tokens_of(llm.generate(prompts, GREEDY, use_tqdm=False)) == wanted[0]
+        assert llm.generate(prompts, GREEDY, use_tqdm=False)[0].num_cached_tokens == 64
+        model.load_state_dict(other.state_dict())
+        assert tokens_of(llm.generate(prompts, GREEDY, use_tqdm=False)) == wanted[1]
+        for mine, new in zip(model.parameters(), third.parameters(), strict=True):
+            mine.data = new.data.clone()
+        assert tokens_of(llm.generate(prompts, GREEDY, use_tqdm=False)) == wanted[2]
+        for mine, new in zip(model.parameters(), other.parameters(), strict=True):
+            mine.data.copy_(new)
+        llm.reset_prefix_cache()
+        assert tokens_of(llm.generate(prompts, GREEDY, use_tqdm=False)) == wanted[1]
+        hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="forward hook after patch_model"):
+            llm.generate(prompts, GREEDY, use_tqdm=False)
+        hook.remove()
+        model.half()
+        with pytest.raises(ValueError, match=r"made torch\.float16, but its KV pages are for"):
+            llm.generate(prompts, GREEDY, use_tqdm=False)
+
+
 def test_a_module_is_patched_and_restored(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny)
     tokenizer = AutoTokenizer.from_pretrained(tiny)

@@ -261,6 +261,14 @@ class LLM:
             prompts.append({"prompt": text, "prompt_token_ids": ids})
         return prompts
 
+    def reset_prefix_cache(self) -> None:
+        """Keys and values of earlier prompts are not used any more.
+
+        New weights of a module that was given are seen by themselves, but for those written through
+        ``parameter.data``: call this after them. No call may be under way.
+        """
+        self.engine.reset_prefix_cache()
+
     def stats(self) -> dict[str, Any]:
         """Counters since the start: tokens, steps, preemptions, KV use, prefix cache hits.
 

@@ -28,6 +28,7 @@ from torch_pd.engine.scheduler import Plan, Scheduler
 from torch_pd.engine.streaming import Streaming
 from torch_pd.engine.tickets import Ticket
 from torch_pd.engine.trial import PROMPT_LOGPROB_TOKENS
+from torch_pd.engine.watch import Watch
 from torch_pd.kv.elastic import ElasticPages
 from torch_pd.kv.pages import PageAllocator
 from torch_pd.nn.patch import patch_model, unpatch_model
@@ -179,6 +180,9 @@ class Engine:
             self.report.counts,
         )
         self.report.begin(self)
+        self._spaces = 0
+        shared = self.lockstep is not None or self.streaming is not None
+        self._watch = None if shared else Watch(model)  # nobody has shared weights at hand
         if self.ledger is not None:
             logger.info("%s", self.memory_table())
         if self.lease is not None and self.world is not None:
@@ -213,8 +217,15 @@ class Engine:
             stream: report it from `step` whenever it grew, not only when it finished.
         """
         if not self.requests:
+            if self._watch is not None and self._watch.changed(self.runner.graphs is not None):
+                self.reset_prefix_cache()
             self.report.begin(self)
         self.requests.add(request, stream)
+
+    def reset_prefix_cache(self) -> None:
+        """Requests from now on find no prefix of earlier ones: other weights may have made it."""
+        self._spaces += 1
+        self.requests.space = self._spaces.to_bytes(8, "little")
 
     def abort(self, request_id: str) -> None:
         """Drops a request with all its outputs; does nothing if it has finished."""
@@ -410,7 +421,7 @@ class Engine:
         if self.lease is not None and not self._lost:
             self.carrier = None  # its tensors would keep the memory
             self.lease.close()
-        del self.runner, self.pool, self.model
+        del self.runner, self.pool, self.model, self._watch
         if self.elastic is not None:
             self.elastic.close()
         if device.type == "cuda" and not self._lost:

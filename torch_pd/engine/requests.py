@@ -40,6 +40,8 @@ class Requests:
         self.by_id: dict[str, InFlight] = {}
         self.num_prompt_logprobs = 0
         """Requests that ask for log-probabilities of their prompt."""
+        self.space = b""
+        """Of the digests of new requests: they find the cached prefixes of the same space alone."""
         self._scheduler, self._max_model_len = scheduler, max_model_len
         self._tokenizer, self._eos_token_ids = tokenizer, eos_token_ids
         self._seed, self._num_added = seed, 0
@@ -69,6 +71,7 @@ class Requests:
             max_total_len=limit,
             expected_len=self._expected_len(params, len(ids), limit),
             no_prefix_lookup=params.prompt_logprobs is not None,
+            space=self.space,
         )
         self._new_output(running, sequence)
         self._scheduler.add(sequence)

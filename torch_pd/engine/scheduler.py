@@ -196,6 +196,7 @@ class Scheduler:
                 prompt,
                 max_total_len=parent.max_total_len,
                 expected_len=parent.expected_len,
+                space=parent.space,
             )
             child.data = parent.data
             child.digests = parent.digests[: parent.num_prompt // self.block_size]

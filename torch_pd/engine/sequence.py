@@ -30,6 +30,7 @@ class Sequence:
         expected_len: at which it will probably end; None if nobody knows.
         no_prefix_lookup: compute the whole prompt although its pages may be cached, because its
             logits are wanted (prompt_logprobs).
+        space: of the digests of its pages: it finds those of its own space alone.
         data: the engine's own (sampling state); the scheduler does not read it.
     """
 
@@ -53,6 +54,7 @@ class Sequence:
         "row",
         "saved",
         "seq_id",
+        "space",
         "status",
         "token_ids",
     )
@@ -65,6 +67,7 @@ class Sequence:
         max_total_len: int | None = None,
         expected_len: int | None = None,
         no_prefix_lookup: bool = False,
+        space: bytes = b"",
         data: Any = None,
     ) -> None:
         self.request_id = request_id
@@ -73,6 +76,7 @@ class Sequence:
         self.max_total_len = max_total_len
         self.expected_len = expected_len
         self.no_prefix_lookup = no_prefix_lookup
+        self.space = space
         self.data = data
         self.seq_id = -1  # given by Scheduler.add and fork
         self.order = (-1, -1)  # (seq_id of the request's first sequence, own seq_id)
@@ -111,5 +115,7 @@ class Sequence:
         done = len(self.digests)
         if last > done:
             tokens = self.token_ids[done * block_size : last * block_size]
-            self.digests += page_hashes(tokens, block_size, self.digests[-1] if done else b"")
+            self.digests += page_hashes(
+                tokens, block_size, self.digests[-1] if done else self.space
+            )
         return self.digests[first:last]
