@@ -53,6 +53,7 @@ def share_gpus() -> None:
     """Lets this rank be one of a world whose ranks share GPUs."""
     from torch_pd import dist as worlds
     from torch_pd.engine import joined, worker
+    from torch_pd.roll import Roll
 
     def world() -> worlds.World:
         # As on the CPU: nobody looks whose GPU is whose.
@@ -63,8 +64,14 @@ def share_gpus() -> None:
         init_group(size, rank, device, store=store)
         return world()
 
+    def join(device: str, roll: Roll) -> worlds.World:
+        roll.call(
+            dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+        )
+        return dataclasses.replace(world(), roll=roll)
+
     worker.connect = connect
-    joined.join_torchrun = lambda device: world()
+    joined.join_torchrun = join
 
 
 def init_group(size: int, rank: int, device: str, **where) -> None:
