@@ -352,6 +352,24 @@ def test_offloaded_weights_are_refused():
         patch_model(model)
 
 
+def test_weights_that_do_not_lie_row_by_row_are_not_fused():
+    """Such as quantised ones, which are tensors of a class of their own."""
+    model = models.build("llama")
+    first, second, _ = model.model.layers
+    for module in (model.lm_head, first.self_attn.o_proj):
+        module.weight = nn.Parameter(module.weight.data.t().contiguous().t())
+    second.mlp.up_proj.weight = nn.Parameter(second.mlp.up_proj.weight.data.to_sparse_csr())
+    prompts = make_prompts()
+    want = reference(model, prompts)
+    patch_model(model)
+    reasons = {path.name: path.reason for path in describe(model)}
+    assert "row by row in memory" in reasons["model.layers.0"]
+    assert "row by row in memory" in reasons["model.layers.1.mlp"]
+    here = paths(model)
+    assert (here["lm_head"], here["model.layers.2"]) == ("huggingface", "fused")
+    assert error(Packed(model, prompts).run(7), want) < 1e-4
+
+
 def test_deep_copy_is_patched_by_itself():
     prompts = make_prompts()
     model = patch_model(models.build("qwen3"))

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from torch_pd.nn.linear import in_rows
 from torch_pd.nn.patched import patch_state
 
 if TYPE_CHECKING:
@@ -37,7 +38,10 @@ class Watch:
                 f"the model was made {model.dtype}, but its KV pages are for {self._dtype}: make a "
                 "new LLM after such a change"
             )
-        places = [parameter.data_ptr() for parameter in model.parameters()]
+        places = [
+            parameter.data_ptr() if in_rows(parameter) else id(parameter)
+            for parameter in model.parameters()
+        ]
         versions = [
             0 if parameter.is_inference() else parameter._version
             for parameter in model.parameters()

@@ -39,6 +39,13 @@ def linear(
     return out
 
 
+def in_rows(tensor: Tensor) -> bool:
+    """Whether a weight lies in memory as numbers, row by row: a quantised one of a class of its own
+    does not, nor one that is sparse or transposed."""
+    plain = type(tensor.data) is Tensor and tensor.layout is torch.strided
+    return plain and tensor.stride(-1) == 1
+
+
 def head_forward(module: nn.Linear, x: Tensor) -> Tensor:
     """Stands in for the forward of the model's head, ``x [..., hidden]`` to ``[..., vocab]``."""
     running: Pass = module.__dict__["_torch_pd"]

@@ -302,7 +302,8 @@ def _patch_rest(model: PreTrainedModel, state: PatchState) -> None:
     head = model.get_output_embeddings()
     names = dict(model.named_modules())
     (head_name,) = [name for name, module in names.items() if module is head]
-    if type(head) is nn.Linear and "forward" not in head.__dict__:
+    plain = type(head) is nn.Linear and linear.in_rows(head.weight)
+    if plain and "forward" not in head.__dict__:
         put(undo, head, "_torch_pd", state.running)
         put(undo, head, "forward", _bind(linear.head_forward, head))
         paths.append(ModulePath(head_name, "fused", ""))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_pd.nn.attention import AttentionCall, Pass
 from torch_pd.nn.block import ForeignMLP, FusedAttention, FusedBlock, FusedMLP, Growth, Norm
-from torch_pd.nn.linear import MergedLinear
+from torch_pd.nn.linear import MergedLinear, in_rows
 
 # Norms of a layer by name -> where they sit: before attention, after it, before the MLP, after it.
 _NORM_PLACES = {
@@ -149,6 +149,10 @@ def _linears(parent: nn.Module, names: Iterable[str]) -> list[nn.Linear] | None:
     """The named children if all are there as plain nn.Linear, biased all or none."""
     found = [parent._modules.get(name) for name in names]
     linears = [module for module in found if type(module) is nn.Linear]
+    for module in linears:
+        if not in_rows(module.weight):
+            kind = type(module.weight.data).__name__
+            raise NotRecognised(f"the weights of a linear do not lie row by row in memory ({kind})")
     if len(linears) != len(found) or len({module.bias is None for module in linears}) != 1:
         return None
     return linears
