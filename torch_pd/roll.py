@@ -320,12 +320,12 @@ class _Watch:
             letter, born = process_state(there.pid)
             looping = record.looping
             before, self._loops[rank] = self._loops.get(rank), record.loops
-            if letter == "X" or born != there.born:
+            if (roll.rank, roll.llm, here.begun) in there.crossed:
+                certain[rank] = "was in another call, and has failed for it"
+            elif letter == "X" or born != there.born:
                 certain[rank] = place.end or "has ended"
             elif why := stuck(mine, there, roll.llm, looping):
                 certain[rank] = why
-            elif (roll.rank, roll.llm, here.begun) in there.crossed:
-                certain[rank] = "was in another call, and has failed for it"
             elif letter == "T":
                 awaited[rank] = f"is stopped by a signal: it goes on after kill -CONT {there.pid}"
             elif place.begun < here.begun or place.met < here.met:
