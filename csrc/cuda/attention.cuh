@@ -78,6 +78,30 @@ __device__ __forceinline__ Sequence read_sequence(const AttentionArgs& a, int32_
   return q;
 }
 
+// Page `index` of the place whose pool starts `shift` bytes after that of place 0.
+struct PageAt {
+  int64_t shift;
+  int32_t index;
+  bool valid;
+};
+
+// Raises a block table entry that is no page (if `reports`).
+__device__ __forceinline__ PageAt locate_page(const AttentionArgs& a, int32_t entry, bool reports) {
+  const uint32_t place = static_cast<uint32_t>(entry) >> kPlaceShift;
+  PageAt p{0, entry & kPageIndexMask, false};
+  int64_t pages = a.num_pages;
+  bool known = place == 0;
+  if (!known && place < static_cast<uint32_t>(a.num_places)) {
+    known = true;
+    p.shift = a.places[2 * place] - a.places[0];
+    pages = a.places[2 * place + 1];
+  }
+  p.valid = known && p.index < pages;
+  if (!p.valid && reports)
+    raise_flag(a.errors, kPagedAttention, known ? kBadPage : kBadPlace, entry);
+  return p;
+}
+
 // Where a block table entry's page starts, as offsets to the layer's K and V of place 0.
 struct Page {
   const char *k, *v;
@@ -87,26 +111,14 @@ struct Page {
 
 template <bool FP8>
 __device__ __forceinline__ Page find_page(const AttentionArgs& a, int32_t entry, bool reports) {
-  const uint32_t place = static_cast<uint32_t>(entry) >> kPlaceShift;
-  const int32_t index = entry & kPageIndexMask;
-  int64_t shift = 0;  // bytes from the pool of place 0 to this one
-  int64_t pages = a.num_pages;
-  bool known = place == 0;
-  if (!known && place < static_cast<uint32_t>(a.num_places)) {
-    known = true;
-    shift = a.places[2 * place] - a.places[0];
-    pages = a.places[2 * place + 1];
-  }
-  Page p{a.k, a.v, a.k_scale, a.v_scale, known && index < pages};
-  if (!p.valid) {
-    if (reports) raise_flag(a.errors, kPagedAttention, known ? kBadPage : kBadPlace, entry);
-    return p;
-  }
-  p.k += shift + index * a.k_page;
-  p.v += shift + index * a.v_page;
+  const PageAt at = locate_page(a, entry, reports);
+  Page p{a.k, a.v, a.k_scale, a.v_scale, at.valid};
+  if (!p.valid) return p;
+  p.k += at.shift + at.index * a.k_page;
+  p.v += at.shift + at.index * a.v_page;
   if constexpr (FP8) {
-    p.k_scale += shift / 4 + index * a.ks_page;
-    p.v_scale += shift / 4 + index * a.vs_page;
+    p.k_scale += at.shift / 4 + at.index * a.ks_page;
+    p.v_scale += at.shift / 4 + at.index * a.vs_page;
   }
   return p;
 }

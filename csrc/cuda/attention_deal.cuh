@@ -14,34 +14,31 @@ struct __align__(16) Cut {
 
 struct DecodeArgs {
   AttentionArgs a;
-  int32_t row_tiles;   // tiles of 16 packed rows: covers max_rows
-  int32_t max_slices;  // as many as there is room for
-  Cut* cuts;           // [max_slices] written by the slice's first block
-  float* values;       // [max_slices, 2, num_kv_heads, row_tiles * 16, D] sums of p * v
-  float2* sums;        // [max_slices, 2, num_kv_heads, row_tiles * 16] maximum, sum of p
+  int32_t row_tiles;    // of Traits::kRows packed rows: cover max_rows
+  int32_t padded_rows;  // row_tiles * Traits::kRows
+  int32_t max_slices;   // as many as there is room for
+  Cut* cuts;            // [max_slices] written by the slice's first block
+  float* values;        // [max_slices, 2, num_kv_heads, padded_rows, D] sums of p * v
+  float2* sums;         // [max_slices, 2, num_kv_heads, padded_rows] maximum, sum of p
+  float* parked;  // [blocks, kWarps, kRows, kSumPitch] what a warp has before its next sequence
 };
 
-template <typename T, int D, int STORED>
-struct DecodeTraits : TileTraits<T, D, STORED> {
-  using Tile = TileTraits<T, D, STORED>;
-  // A step is as many bytes either way: with float8, the arithmetic on one tile at a time would
-  // take nearly as long as its bytes. Wide heads have no registers for two.
-  static constexpr int kTiles = STORED && D <= 128 ? 2 : 1;
-  static constexpr int kKeys = kTiles * kTileKeys;
-  static constexpr int kHalfBytes = kTiles * Tile::kTileBytes;  // K or V
-  static constexpr int kLoadBytes = 2 * kHalfBytes + (STORED ? 2 * kKeys * 4 : 0);
-  // A warp's sums of one sequence take the place of a stage; the pitch avoids bank conflicts.
+template <typename T, int D, int STORED, int ROWS>
+struct DecodeTraits : TileTraits<T, D, STORED, ROWS> {
+  using Tile = TileTraits<T, D, STORED, ROWS>;
+  static constexpr int kKeys = kTileKeys;  // of a step
+  static constexpr int kStageBytes = 2 * Tile::kTileBytes + (STORED ? 2 * kKeys * 4 : 0);
+  // A warp's sums of its last sequence take the place of its ring; the pitch avoids bank conflicts.
   static constexpr int kSumPitch = D + 8;
-  static constexpr int kSumBytes = 16 * kSumPitch * 4;
-  static constexpr int kStageBytes = kLoadBytes > kSumBytes ? kLoadBytes : kSumBytes;
   static constexpr int kWarps = 4;
   static constexpr int kBlocks = D > 128 ? 1 : 2;  // on a multiprocessor at once
-  static constexpr int kFit = 224 * 1024 / (kBlocks * kWarps * kStageBytes);
+  // Of 228 KiB, 1 KiB a block is the system's and 1,280 bytes are those of Team.
+  static constexpr int kFit = (233472 / kBlocks - 2304) / (kWarps * kStageBytes);
   static constexpr int kStages = kFit < 6 ? kFit : 6;
   static constexpr int kRingBytes = kStages * kStageBytes;  // of a warp
   static constexpr int kShared = kWarps * kRingBytes;
   static constexpr int kLeastSteps = kWarps;  // of a slice: one a warp
-  static_assert(kStages >= 3);
+  static_assert(kStages >= 3 && kRingBytes >= ROWS * kSumPitch * 4 && kRingBytes % 16 == 0);
 };
 
 // How `steps` are dealt out: to as many slices as fit, of equal length.
@@ -63,7 +60,7 @@ struct Deal {
 
 __device__ __forceinline__ int64_t partial_row(const DecodeArgs& d, int64_t slice, int which,
                                                int head, int row) {
-  return ((slice * 2 + which) * d.a.num_kv_heads + head) * (d.row_tiles * 16) + row;
+  return ((slice * 2 + which) * d.a.num_kv_heads + head) * d.padded_rows + row;
 }
 
 template <typename Traits>
@@ -72,40 +69,37 @@ __device__ __forceinline__ int32_t num_steps(const Sequence& q) {
   return (q.len + Traits::kKeys - 1) / Traits::kKeys - q.begin / Traits::kKeys;
 }
 
-// Walks through a slice, sequence by sequence.
+// Walks through a warp's part of a slice, sequence by sequence.
 template <typename Traits>
 struct Cursor {
   int32_t seq;
-  int32_t begin, stop;  // steps of this sequence inside the slice
-  int32_t done;         // steps of the slice before `begin`: warp done % kWarps has that one
-  int32_t step;         // this warp's next one
-  int64_t left;         // steps of the slice after this sequence
+  int32_t begin, stop;  // steps of this sequence inside the part
+  int32_t step;         // the next one
+  int64_t left;         // steps of the part after this sequence
   Sequence q;
 
   __device__ __forceinline__ int32_t first_step() const { return q.begin / Traits::kKeys; }
 
   // Enters sequence `seq` at its step number `skip`; passes over sequences without a row of ours.
-  __device__ __forceinline__ void enter(const AttentionArgs& a, int first_row, int warp,
-                                        int32_t skip) {
-    while (true) {
+  __device__ __forceinline__ void enter(const AttentionArgs& a, int first_row, int32_t skip) {
+    begin = stop = step = 0;
+    while (left > 0) {
       q = read_sequence(a, seq, false);
       const int32_t steps = num_steps<Traits>(q) - skip;
       const int32_t mine = static_cast<int32_t>(min(static_cast<int64_t>(steps), left));
       left -= mine;
-      begin = first_step() + skip;
-      stop = begin + mine;
-      step = begin + ((warp - done) & (Traits::kWarps - 1));
-      if (mine > 0 && q.q_len * a.group > first_row) return;
-      step = begin = stop;
-      if (left == 0) return;
+      if (mine > 0 && q.q_len * a.group > first_row) {
+        begin = step = first_step() + skip;
+        stop = begin + mine;
+        return;
+      }
       ++seq, skip = 0;
     }
   }
-  __device__ __forceinline__ bool next(const AttentionArgs& a, int first_row, int warp) {
+  __device__ __forceinline__ bool next(const AttentionArgs& a, int first_row) {
     if (left == 0) return false;
-    done += stop - begin;
     ++seq;
-    enter(a, first_row, warp, 0);
+    enter(a, first_row, 0);
     return begin < stop;
   }
 };

@@ -1,26 +1,36 @@
 // Decode attention: few query rows a sequence, so the time is that of reading K and V once.
 //
-// A block is a team of warps. It owns one KV head, one tile of 16 packed query rows and one slice
-// of all sequences' keys. Its warps take the slice's steps (one or two tiles of keys) in turn, each
-// through its own ring of shared memory, and add up what they have at the end of each sequence:
-// there are fewer partial results than if every warp had a slice. The slices cut the concatenation
-// of all sequences' steps into equal parts, computed by every block from seq_lens, so skewed
-// lengths balance and nothing is read on the host; all of them are worked on at once, since a block
-// that starts late costs more than unequal speeds do (measured). The heads of a slice are
-// neighbouring blocks: together they read whole tokens, all heads, of a page. A sequence inside one
-// slice is finished there; one that is cut leaves float32 partial results, at most two per slice,
-// that decode_combine adds up in the order of the slices: equal input gives equal bits.
+// A block is a team of warps. It owns one KV head, one tile of packed query rows and one slice of
+// all sequences' keys; each warp has a part of the slice, goes through it alone, with a ring of
+// shared memory of its own, and meets the others at the end only: what they have of a sequence that
+// several of them worked on is added up there, so there are fewer partial results than if every
+// warp had a slice. The slices cut the concatenation of all sequences' steps (tiles of keys) into
+// equal parts, computed by every block from seq_lens, so skewed lengths balance and nothing is read
+// on the host; all of them are worked on at once, since a block that starts late costs more than
+// unequal speeds do (measured). The heads of a slice are neighbouring blocks: together they read
+// whole tokens, all heads, of a page. A sequence inside one slice is finished there; one that is
+// cut leaves float32 partial results, at most two per slice, that decode_combine adds up in the
+// order of the slices: equal input gives equal bits.
 #pragma once
 
 #include "attention_deal.cuh"
 
 namespace torch_pd {
 
-// What a team's warps tell each other at the end of a sequence.
+// What a warp has of a sequence that it did not do whole.
 template <typename Traits>
-struct TeamSums {
-  float2 of[Traits::kWarps][16];  // maximum, sum of p
-  const float* values[Traits::kWarps];
+struct Piece {
+  int32_t seq;  // -1: there is none
+  bool to_end;  // holds the sequence's last keys
+  Sequence q;
+  const float* values;       // [kRows, kSumPitch]
+  float2 of[Traits::kRows];  // maximum, sum of p
+};
+// A warp's pieces: of a sequence that began before its part, and of one that begins in it.
+enum { kBefore, kHere };
+template <typename Traits>
+struct Team {
+  Piece<Traits> pieces[Traits::kWarps][2];
 };
 
 template <typename Traits>
@@ -31,22 +41,21 @@ struct DecodeWorker {
 
   const DecodeArgs& d;
   const AttentionArgs& a;
-  TeamSums<Traits>& team;
+  Team<Traits>& team;
+  const KeyLoader<Traits> loader;
   const int lane, warp, head, first_row;
-  const bool reports;
   char* const memory;   // of this warp: kStages of K, V, k_scale, v_scale
   const uint32_t ring;  // its shared-memory address
   RowTile<Traits> rows;
 
   // Block table entries of this warp's next steps, one a lane, and of those after them.
   struct Entries {
-    static constexpr int kSteps = 32 / Traits::kTiles;
+    static constexpr int kSteps = 32;
     int32_t used, now, next;
   };
   __device__ __forceinline__ int32_t read_entry(const Cursor<Traits>& c, int32_t ahead) const {
-    const int32_t step = c.step + (ahead + lane / Traits::kTiles) * kWarps;
-    const int64_t key =
-        (static_cast<int64_t>(step) * Traits::kTiles + lane % Traits::kTiles) * kTileKeys;
+    const int32_t step = c.step + ahead + lane;
+    const int64_t key = int64_t{step} * Traits::kKeys;
     if (step >= c.stop || key >= c.q.len) return 0;
     return a.tables[c.seq * a.table_stride + (key >> a.block_shift)];
   }
@@ -61,89 +70,110 @@ struct DecodeWorker {
       e.now = e.next;
       e.next = read_entry(c, Entries::kSteps);
     }
-    const uint32_t keys = ring + stage * Traits::kStageBytes, values = keys + Traits::kHalfBytes;
-    const uint32_t k_scales = values + Traits::kHalfBytes, v_scales = k_scales + Traits::kKeys * 4;
-#pragma unroll
-    for (int t = 0; t < Traits::kTiles; ++t) {
-      const int tile = c.step * Traits::kTiles + t, at = t * Traits::kTileBytes;
-      load_keys<Traits>(a, c.q, head, tile * kTileKeys,
-                        __shfl_sync(~0u, e.now, e.used * Traits::kTiles + t), keys + at,
-                        values + at, k_scales + t * kTileKeys * 4, v_scales + t * kTileKeys * 4,
-                        lane, reports);
-    }
+    const uint32_t keys = ring + stage * Traits::kStageBytes, values = keys + Traits::kTileBytes;
+    loader.load(c.q, c.step * Traits::kKeys, __shfl_sync(~0u, e.now, e.used), keys, values,
+                values + Traits::kTileBytes);
     ++e.used;
   }
 
-  // Where a sequence's result goes. partial: -1 if it lies in this slice whole, else which of the
-  // slice's two partial results it is.
-  struct Target {
-    int64_t slice;
-    int partial;
-  };
-
-  // The only warp with keys of this sequence writes them.
-  __device__ __forceinline__ void end_alone(const Sequence& q, const Target& to) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float sum = ptx::quad_sum(rows.l[h]);
-      const int row = first_row + lane / 4 + 8 * h;
-      if (row >= q.q_len * a.group) continue;
-      if (to.partial < 0) {
-        rows.write(a, q, head, row, h, sum);
-        continue;
-      }
-      const int64_t at = partial_row(d, to.slice, to.partial, head, row);
-      leave(d.values + at * D, h);
-      if (lane % 4 == 0) d.sums[at] = make_float2(rows.m[h], sum);
+  // Leaves the sums of this warp's steps of a sequence for end_shared: where its ring is, if that
+  // is of no use any more, or else in memory of its own.
+  __device__ __forceinline__ void leave(const Cursor<Traits>& at, bool from_start, bool to_end) {
+    Piece<Traits>& piece = team.pieces[warp][from_start ? kHere : kBefore];
+    float* values = reinterpret_cast<float*>(memory);
+    if (at.left > 0) {
+      values =
+          d.parked + (int64_t{blockIdx.x} * kWarps + warp) * (Traits::kRows * Traits::kSumPitch);
     }
-  }
-
-  // This warp's sums of half h of its rows, in their own unit.
-  __device__ __forceinline__ void leave(float* values, int h) const {
+    __syncwarp();  // every lane has read the last stage
     const float unit = Traits::FP8 ? rows.v_unit : 1.0f;
-    rows.each_pair(h, [&](int column, float x, float y) {
-      *reinterpret_cast<float2*>(values + column) = make_float2(x * unit, y * unit);
-    });
-  }
-
-  // For end_shared; `mine`: where this warp's sums fit until its next load.
-  __device__ __forceinline__ void show(const Sequence& q, float* mine) {
-    __syncwarp();  // every lane has read the stage
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float sum = ptx::quad_sum(rows.l[h]);
-      const int row = lane / 4 + 8 * h;
-      if (first_row + row >= q.q_len * a.group) continue;
-      leave(mine + row * Traits::kSumPitch, h);
-      if (lane % 4 == 0) team.of[warp][row] = make_float2(rows.m[h], sum);
+    for (int x = 0; x < Traits::kRows / 4; ++x) {
+      const int n = x / 2, i = x % 2, row = rows.row_of(n, i);
+      const float sum = ptx::column_sum(rows.l[n][i]);
+      float* to = values + row * Traits::kSumPitch;
+      rows.each_pair(n, i, [&](int column, float y, float z) {
+        *reinterpret_cast<float2*>(to + column) = make_float2(y * unit, z * unit);
+      });
+      if (lane < 4) piece.of[row] = make_float2(rows.m[n][i], sum);
     }
-    if (lane == 0) team.values[warp] = mine;
+    if (lane == 0) {
+      piece.seq = at.seq, piece.to_end = to_end, piece.q = at.q, piece.values = values;
+    }
   }
 
-  // Adds up what `sharing` warps from `first` on, those with keys, have shown.
-  __device__ __forceinline__ void end_shared(const Sequence& q, const Target& to, int first,
-                                             int sharing) const {
-    const int count = min(16, q.q_len * a.group - first_row);
+  // Adds up the pieces of each sequence, in the order of the warps: a warp those whose first piece
+  // it left, all of them together if there is one sequence only.
+  __device__ __forceinline__ void end_shared(int64_t slice) const {
     __syncthreads();
-    for (int i = warp * 32 + lane; i < count * (D / 4); i += kWarps * 32) {
+    int32_t before[kWarps], here[kWarps];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      before[w] = team.pieces[w][kBefore].seq, here[w] = team.pieces[w][kHere].seq;
+    }
+    int first = kWarps, count = 0, from = 0;  // first: warp with a piece of the slice's first one
+#pragma unroll
+    for (int w = kWarps - 1; w >= 0; --w) {
+      if (before[w] >= 0) first = w;
+      if (here[w] >= 0) ++count, from = w;
+    }
+    if (first < kWarps) {
+      // Begun before the slice, or by a warp before this one?
+      bool begun = true;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) begun = begun && (w >= first || here[w] < 0);
+      if (!begun) first = kWarps;
+    }
+    if (count + (first < kWarps) == 1) {
+      const int thread = warp * 32 + lane;
+      add_pieces(slice, first < kWarps ? first : from, first == kWarps, thread, kWarps * 32);
+      return;
+    }
+    if (first == warp) add_pieces(slice, warp, false, lane, 32);
+    if (team.pieces[warp][kHere].seq >= 0) add_pieces(slice, warp, true, lane, 32);
+  }
+
+ private:
+  __device__ __forceinline__ void add_pieces(int64_t slice, int from, bool from_start, int thread,
+                                             int threads) const {
+    const Piece<Traits>& first = team.pieces[from][from_start ? kHere : kBefore];
+    const Sequence q = first.q;
+    const Piece<Traits>* pieces[kWarps];  // null: the warp has none of it
+    bool to_end = false;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const Piece<Traits>& piece = w == from ? first : team.pieces[w][kBefore];
+      const bool mine = w >= from && piece.seq == first.seq;
+      pieces[w] = mine ? &piece : nullptr;
+      if (mine) to_end = piece.to_end;
+    }
+    const int count = min(Traits::kRows, q.q_len * a.group - first_row);
+#pragma unroll 2
+    for (int i = thread; i < count * (D / 4); i += threads) {
       const int row = i / (D / 4), column = i % (D / 4) * 4;
+      float2 sums[kWarps];
+      float4 x[kWarps];
       float m = -INFINITY, l = 0.0f;
-      for (int w = 0; w < sharing; ++w) {
-        m = fmaxf(m, team.of[(first + w) % kWarps][row].x);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        sums[w] = make_float2(-INFINITY, 0.0f), x[w] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (pieces[w] == nullptr) continue;
+        sums[w] = pieces[w]->of[row];
+        x[w] =
+            *reinterpret_cast<const float4*>(pieces[w]->values + row * Traits::kSumPitch + column);
+        m = fmaxf(m, sums[w].x);
       }
       const float base = finite_base(m);
       float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      for (int w = 0; w < sharing; ++w) {
-        const int from = (first + w) % kWarps;
-        const float2 sums = team.of[from][row];
-        const float factor = ptx::exp2_approx(sums.x - base);
-        const float4 x =
-            *reinterpret_cast<const float4*>(team.values[from] + row * Traits::kSumPitch + column);
-        l += sums.y * factor;
-        o.x += x.x * factor, o.y += x.y * factor, o.z += x.z * factor, o.w += x.w * factor;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float factor = ptx::exp2_approx(sums[w].x - base);
+        l += sums[w].y * factor;
+        o.x += x[w].x * factor, o.y += x[w].y * factor;
+        o.z += x[w].z * factor, o.w += x[w].w * factor;
       }
-      if (to.partial >= 0) {
-        const int64_t at = partial_row(d, to.slice, to.partial, head, first_row + row);
+      if (!from_start || !to_end) {
+        const int64_t at = partial_row(d, slice, from_start ? 1 : 0, head, first_row + row);
         *reinterpret_cast<float4*>(d.values + at * D + column) = o;
         if (column == 0) d.sums[at] = make_float2(m, l);
         continue;
@@ -160,21 +190,21 @@ struct DecodeWorker {
         a.lse[(q.q_start + token) * a.lse_token + query_head] = closed.lse;
       }
     }
-    __syncthreads();  // now the stages may be loaded again
   }
 
-  __device__ __forceinline__ void run(int64_t slice, Cursor<Traits> loading) {
+ public:
+  __device__ __forceinline__ void run(Cursor<Traits> loading) {
+    if (lane < 2) team.pieces[warp][lane].seq = -1;
+    __syncwarp();
     Cursor<Traits> at = loading;
     Entries entries;
     fill(entries, loading);
     int load_stage = 0, stage = 0;
     const auto load_next = [&] {
-      while (loading.step >= loading.stop && loading.next(a, first_row, warp)) {
-        fill(entries, loading);
-      }
+      if (loading.step >= loading.stop && loading.next(a, first_row)) fill(entries, loading);
       if (loading.step < loading.stop) {
         load_step(entries, loading, load_stage);
-        loading.step += kWarps;
+        ++loading.step;
         load_stage = load_stage + 1 == Traits::kStages ? 0 : load_stage + 1;
       }
       ptx::cp_async_commit();  // empty at the end: the waits below count groups
@@ -183,33 +213,27 @@ struct DecodeWorker {
     for (int i = 0; i < Traits::kStages - 1; ++i) load_next();
     if (at.begin == at.stop) return;
     do {
-      const int32_t steps = at.stop - at.begin;
-      const bool works = at.step < at.stop;
-      int last = 0;
-      if (works) rows.begin(a, at.q, head, first_row);
+      rows.begin(a, at.q, head, first_row);
 #pragma unroll 1
-      for (; at.step < at.stop; at.step += kWarps) {
+      for (; at.step < at.stop; ++at.step) {
         ptx::cp_async_wait<Traits::kStages - 2>();
         __syncwarp();  // every lane's part of the step has landed; the stage before is free
         load_next();
-        last = stage * Traits::kStageBytes;
+        const int offset = stage * Traits::kStageBytes;
         const float* scales =
-            reinterpret_cast<const float*>(memory + last + 2 * Traits::kHalfBytes);
-        rows.template add_keys<Traits::kTiles>(a, at.step * Traits::kKeys, ring + last,
-                                               ring + last + Traits::kHalfBytes, scales,
-                                               scales + Traits::kKeys);
+            reinterpret_cast<const float*>(memory + offset + 2 * Traits::kTileBytes);
+        rows.add_keys(a, at.step * Traits::kKeys, ring + offset, ring + offset + Traits::kTileBytes,
+                      scales, scales + Traits::kKeys);
         stage = stage + 1 == Traits::kStages ? 0 : stage + 1;
       }
       const bool from_start = at.begin == at.first_step();
       const bool to_end = at.stop - at.first_step() == num_steps<Traits>(at.q);
-      const Target to{slice, !from_start ? 0 : to_end ? -1 : 1};
-      if (steps > 1) {
-        if (works) show(at.q, reinterpret_cast<float*>(memory + last));
-        end_shared(at.q, to, at.done % kWarps, min(kWarps, steps));
-      } else if (works) {
-        end_alone(at.q, to);
+      if (from_start && to_end) {
+        rows.write(a, at.q, head, first_row);
+      } else {
+        leave(at, from_start, to_end);
       }
-    } while (at.next(a, first_row, warp));
+    } while (at.next(a, first_row));
   }
 };
 
@@ -226,9 +250,10 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kWarps * 32, Traits::kBlocks)
     decode_kernel(const __grid_constant__ DecodeArgs d) {
   extern __shared__ __align__(128) char shared[];
-  __shared__ TeamSums<Traits> team;
+  __shared__ Team<Traits> team;
   const AttentionArgs& a = d.a;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  ptx::keep(lane), ptx::keep(warp);
   int32_t* warp_sums = reinterpret_cast<int32_t*>(shared);
   int32_t* before = warp_sums + 32;  // the rings' memory, not in use yet
   prefetch_tables(a, blockIdx.x * (Traits::kWarps * 32) + threadIdx.x);
@@ -240,13 +265,14 @@ __global__ void __launch_bounds__(Traits::kWarps * 32, Traits::kBlocks)
   const int slice = blockIdx.x / parts, part = blockIdx.x - slice * parts;
   const Deal deal(steps, d.max_slices, Traits::kLeastSteps);
   Cursor<Traits> cursor;
+  cursor.left = 0;
   int32_t skip = 0;
   const bool works = slice < deal.slices && steps > 0;
   Cut cut{};
   if (works) {
-    const int64_t start = deal.start(slice);
-    cursor.left = deal.start(slice + 1) - start;
-    cursor.done = 0;
+    const int64_t first = deal.start(slice), all = deal.start(slice + 1) - first;
+    const int64_t start = first + all * warp / Traits::kWarps;
+    cursor.left = first + all * (warp + 1) / Traits::kWarps - start;
     int low = 0, high = a.num_seqs;  // the last sequence that starts at or before `start`
     while (high - low > 1) {
       const int middle = (low + high) / 2;
@@ -254,7 +280,7 @@ __global__ void __launch_bounds__(Traits::kWarps * 32, Traits::kBlocks)
     }
     cursor.seq = low;
     skip = static_cast<int32_t>(start - before[low]);
-    if (skip > 0 && part == 0) {
+    if (skip > 0 && part == 0 && warp == 0) {
       const Sequence q = read_sequence(a, low, false);
       cut = {deal.slice_of(before[low]), deal.slice_of(before[low + 1] - 1), q.q_start, q.q_len};
     }
@@ -262,13 +288,19 @@ __global__ void __launch_bounds__(Traits::kWarps * 32, Traits::kBlocks)
   if (part == 0 && threadIdx.x == 0) d.cuts[slice] = cut;
   __syncthreads();  // `before` gives way to the rings
   if (!works) return;
-  const int head = part / d.row_tiles, first_row = (part - head * d.row_tiles) * 16;
-  cursor.enter(a, first_row, warp, skip);
+  const int head = part / d.row_tiles;
+  const int first_row = (part - head * d.row_tiles) * Traits::kRows;
+  cursor.enter(a, first_row, skip);
   char* memory = shared + warp * Traits::kRingBytes;
-  DecodeWorker<Traits> work{d,    a,         team,      lane,   warp,
-                            head, first_row, part == 0, memory, ptx::smem_address(memory)};
+  uint32_t ring = ptx::smem_address(memory);
+  ptx::keep(ring);
+  DecodeWorker<Traits> work{
+      d,      a,    team, KeyLoader<Traits>(a, head, lane, part == 0, Traits::kKeys * 4),
+      lane,   warp, head, first_row,
+      memory, ring};
   work.rows.lane = lane;
-  work.run(slice, cursor);
+  work.run(cursor);
+  work.end_shared(slice);
 }
 
 }  // namespace torch_pd

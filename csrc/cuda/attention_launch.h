@@ -20,8 +20,10 @@ struct AttentionCall {
 
 // Each takes the sequences whose packed rows are min_rows < rows <= max_rows.
 void launch_decode(AttentionCall call, int max_rows);
+void launch_decode_tall(const AttentionCall& call, int max_rows);  // for launch_decode alone
 void launch_prefill(AttentionCall call, int min_rows);
 void launch_prefill_sm90(AttentionCall call, int min_rows);
+void launch_prefill_sm90_bytes(const AttentionCall& call);  // for launch_prefill_sm90 alone
 bool fits_sm90(const AttentionCall& call);
 void launch_plain(AttentionCall call);
 

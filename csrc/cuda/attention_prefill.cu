@@ -29,7 +29,7 @@ namespace {
 
 template <typename Traits>
 void prefill(const AttentionCall& call) {
-  PrefillArgs p{call.args, Traits::kRows};
+  PrefillArgs p{call.args, Traits::kBlockRows};
   const Tensor memory = plan_prefill(call, p);
   allow_shared_once<&prefill_kernel<Traits>>(call.launch, Traits::kShared);
   prefill_kernel<Traits><<<static_cast<unsigned>(p.max_items * p.a.num_kv_heads),

@@ -34,10 +34,10 @@ __device__ __forceinline__ KeyRange key_range(const AttentionArgs& a, const Sequ
 }
 
 template <typename T, int D, int STORED>
-struct PrefillTraits : TileTraits<T, D, STORED> {
-  using Tile = TileTraits<T, D, STORED>;
+struct PrefillTraits : TileTraits<T, D, STORED, 16> {
+  using Tile = TileTraits<T, D, STORED, 16>;
   static constexpr int kWarps = 4;
-  static constexpr int kRows = kWarps * 16;
+  static constexpr int kBlockRows = kWarps * 16;
   static constexpr int kKeys = kWarps * kTileKeys;  // of a stage: each warp loads one tile
   static constexpr int kStageBytes =
       kWarps * (2 * Tile::kTileBytes + (STORED ? 2 * kTileKeys * 4 : 0));
@@ -45,7 +45,7 @@ struct PrefillTraits : TileTraits<T, D, STORED> {
 };
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kWarps * 32)
+__global__ void __launch_bounds__(Traits::kWarps * 32, Traits::D > 128 ? 1 : 3)
     prefill_kernel(const __grid_constant__ PrefillArgs p) {
   extern __shared__ __align__(128) char shared[];
   const AttentionArgs& a = p.a;
@@ -53,10 +53,10 @@ __global__ void __launch_bounds__(Traits::kWarps * 32)
   const int item = blockIdx.x / a.num_kv_heads, head = blockIdx.x - item * a.num_kv_heads;
   if (item >= *p.count) return;
   const PrefillItem work = p.items[item];
-  const int seq = work.seq, row0 = work.tile * Traits::kRows;
+  const int seq = work.seq, row0 = work.tile * Traits::kBlockRows;
   const Sequence q = work.q;
   const int rows = q.q_len * a.group;
-  const KeyRange keys = key_range(a, q, row0, min(row0 + Traits::kRows, rows));
+  const KeyRange keys = key_range(a, q, row0, min(row0 + Traits::kBlockRows, rows));
   const int first_row = row0 + warp * 16;
   const bool works = first_row < rows;
   const KeyRange mine = key_range(a, q, first_row, max(first_row + 1, min(first_row + 16, rows)));
@@ -65,15 +65,15 @@ __global__ void __launch_bounds__(Traits::kWarps * 32)
   constexpr int kScales = Traits::kWarps * 2 * Traits::kTileBytes;  // offset in a stage
   const int32_t first_step = keys.first / Traits::kKeys;
   const int32_t stop_step = (keys.stop + Traits::kKeys - 1) / Traits::kKeys;
+  const KeyLoader<Traits> loader(a, head, lane, head == 0, Traits::kKeys * 4);
   const auto load = [&](int32_t step) {
     const int32_t key = step * Traits::kKeys + warp * kTileKeys;
     const int32_t entry = key < q.len ? a.tables[seq * a.table_stride + (key >> a.block_shift)] : 0;
     const int offset = step % 2 * Traits::kStageBytes;
     const uint32_t to = memory + offset;
     const uint32_t scales = to + kScales + warp * kTileKeys * 4;
-    load_keys<Traits>(a, q, head, key, entry, to + warp * Traits::kTileBytes,
-                      to + (Traits::kWarps + warp) * Traits::kTileBytes, scales,
-                      scales + Traits::kKeys * 4, lane, head == 0);
+    loader.load(q, key, entry, to + warp * Traits::kTileBytes,
+                to + (Traits::kWarps + warp) * Traits::kTileBytes, scales);
     ptx::cp_async_commit();
   };
 
@@ -98,13 +98,7 @@ __global__ void __launch_bounds__(Traits::kWarps * 32)
                     scales + Traits::kKeys + t * kTileKeys);
     }
   }
-  if (!works) return;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float sum = ptx::quad_sum(tile.l[h]);
-    const int row = first_row + lane / 4 + 8 * h;
-    if (row < rows) tile.write(a, q, head, row, h, sum);
-  }
+  if (works) tile.write(a, q, head, first_row);
 }
 
 }  // namespace torch_pd

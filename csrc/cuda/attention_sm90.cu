@@ -1,82 +1,16 @@
 // Launches the wgmma prefill kernel (attention_sm90.cuh).
-#include "attention_launch.h"
-#include "attention_sm90.cuh"
+#include "attention_sm90_launch.cuh"
 
 namespace torch_pd {
 
 namespace {
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
-                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// Through the runtime: this library does not link the driver's.
-EncodeTiled encode_tiled(const char* op) {
-  static std::atomic<void*> found{nullptr};
-  void* function = found.load(std::memory_order_acquire);
-  if (function == nullptr) {
-    cudaDriverEntryPointQueryResult result;
-    check_cuda(op,
-               cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                cudaEnableDefault, &result),
-               "cudaGetDriverEntryPointByVersion");
-    TPD_CHECK(op, result == cudaDriverEntryPointSuccess && function != nullptr,
-              "the driver has no cuTensorMapEncodeTiled");
-    found.store(function, std::memory_order_release);
-  }
-  return reinterpret_cast<EncodeTiled>(function);
-}
-
-// [pages, block_size, heads, D] of 16-bit elements, in boxes of 16 tokens x 64 columns of one head,
-// swizzled. Strides in bytes.
-CUtensorMap make_map(const AttentionCall& call, const char* data, int64_t token, int64_t head,
-                     int64_t page) {
-  const AttentionArgs& a = call.args;
-  const auto width = static_cast<cuuint64_t>(call.head_dim);
-  const cuuint64_t sizes[4] = {width, static_cast<cuuint64_t>(a.num_kv_heads),
-                               cuuint64_t{1} << a.block_shift,
-                               static_cast<cuuint64_t>(a.num_pages)};
-  // A dimension of size 1 may have any stride in torch, not here.
-  const cuuint64_t strides[3] = {static_cast<cuuint64_t>(a.num_kv_heads > 1 ? head : width * 2),
-                                 static_cast<cuuint64_t>(token),
-                                 static_cast<cuuint64_t>(a.num_pages > 1 ? page : token)};
-  const cuuint32_t box[4] = {64, 1, kPageKeys, 1}, steps[4] = {1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result = encode_tiled(call.launch.op)(
-      &map,
-      call.dtype == ScalarType::BFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                         : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      4, const_cast<char*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  TPD_CHECK(call.launch.op, result == CUDA_SUCCESS, "cuTensorMapEncodeTiled failed with code ",
-            static_cast<int>(result), " for strides ", head, ", ", token, ", ", page);
-  return map;
-}
-
-template <typename T, int D>
-void prefill(const AttentionCall& call) {
-  using Traits = Sm90Traits<T, D>;
-  Sm90Args args;
-  args.p = {call.args, kSm90Rows};
-  const AttentionArgs& a = call.args;
-  args.k = make_map(call, a.k, a.k_token, a.k_head, a.k_page);
-  args.v = make_map(call, a.v, a.v_token, a.v_head, a.v_page);
-  const Tensor memory = plan_prefill(call, args.p);
-  allow_shared_once<&prefill_sm90<Traits>>(call.launch, Traits::kShared);
-  const int64_t items = static_cast<int64_t>(args.p.max_items) * a.num_kv_heads;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(call.launch.info.num_sms, items));
-  prefill_sm90<Traits><<<blocks, Traits::kThreads, Traits::kShared, call.launch.stream>>>(args);
-  call.launch.check();
-}
-
 template <typename T>
 void dispatch_width(const AttentionCall& call) {
   switch (call.head_dim) {
-    case 64: return prefill<T, 64>(call);
-    case 128: return prefill<T, 128>(call);
-    default: return prefill<T, 256>(call);
+    case 64: return launch_sm90<T, 64, kAsQuery>(call);
+    case 128: return launch_sm90<T, 128, kAsQuery>(call);
+    default: return launch_sm90<T, 256, kAsQuery>(call);
   }
 }
 
@@ -85,8 +19,8 @@ void dispatch_width(const AttentionCall& call) {
 bool fits_sm90(const AttentionCall& call) {
 #ifdef TORCH_PD_SM90A
   const AttentionArgs& a = call.args;
-  bool fits = call.launch.info.capability == 90 && call.stored == kAsQuery && a.num_places <= 1 &&
-              a.scale_log2 > 0.0f &&
+  bool fits = call.launch.info.capability == 90 && a.num_places <= 1 && a.scale_log2 > 0.0f &&
+              (call.stored == kAsQuery || call.dtype == ScalarType::BFloat16) &&
               (call.head_dim == 64 || call.head_dim == 128 || call.head_dim == 256);
   // The copy engine's strides are unsigned and below 2^40.
   for (int64_t stride : {a.k_page, a.v_page, int64_t{a.k_token}, int64_t{a.v_token},
@@ -106,7 +40,9 @@ bool fits_sm90(const AttentionCall& call) {
 void launch_prefill_sm90(AttentionCall call, int min_rows) {
   call.args.min_rows = min_rows;
   call.args.max_rows = INT32_MAX;
-  if (call.dtype == ScalarType::BFloat16) {
+  if (call.stored != kAsQuery) {
+    launch_prefill_sm90_bytes(call);
+  } else if (call.dtype == ScalarType::BFloat16) {
     dispatch_width<__nv_bfloat16>(call);
   } else {
     dispatch_width<__half>(call);

@@ -1,4 +1,5 @@
-// Prefill attention for sm_90a: 16-bit keys and values of place 0, head_dim 64, 128 or 256.
+// Prefill attention for sm_90a: 16-bit keys and values of place 0, or bytes; head_dim 64, 128 or
+// 256.
 //
 // A block of three warpgroups stays on its multiprocessor and takes items (128 packed query rows of
 // one KV head) from the list of prefill_plan. The first warpgroup loads: one warp has the copy
@@ -9,7 +10,7 @@
 // this tile's softmax runs. Keys go from the last to the first: only the first tiles need a mask.
 #pragma once
 
-#include "attention_sm90_load.cuh"
+#include "attention_sm90_bytes.cuh"
 #include "wgmma.cuh"
 
 namespace torch_pd {
@@ -106,6 +107,15 @@ struct Sm90Rows {
     }
   }
 
+  // Bytes: times the scales of the tile's keys, or of its values.
+  __device__ __forceinline__ void times(float (&s)[kScores], uint32_t scales) const {
+#pragma unroll
+    for (int j = 0; j < kScores / 4; ++j) {
+      const float2 x = ptx::load_shared8(scales + (j * 8 + lane % 4 * 2) * 4);
+      s[4 * j] *= x.x, s[4 * j + 1] *= x.y, s[4 * j + 2] *= x.x, s[4 * j + 3] *= x.y;
+    }
+  }
+
   __device__ __forceinline__ static void pack(const float (&s)[kScores],
                                               uint32_t (&p)[kKeys / 16][4]) {
 #pragma unroll
@@ -159,15 +169,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const uint32_t memory = (ptx::smem_address(shared) + 1023) / 1024 * 1024;
   const Sm90Barriers<Traits> barriers{memory + Traits::kBarriers};
   const int thread = threadIdx.x, lane = thread % 32, group = thread / 128;
-  constexpr int kLoadWarps = 2;  // that gather queries
+  constexpr int kLoadWarps = Traits::kBytes ? 4 : 2;  // that gather queries
+  constexpr int kFull = Traits::kBytes ? 128 : 1;     // arrivals beside the copy engine's bytes
   if (thread == 0) {
     ptx::barrier_init(barriers.q_full(), kLoadWarps * 32);
     ptx::barrier_init(barriers.q_empty(), 8);
     for (int s = 0; s < Traits::kStages; ++s) {
-      ptx::barrier_init(barriers.k_full(s), 1);
+      ptx::barrier_init(barriers.k_full(s), kFull);
       ptx::barrier_init(barriers.k_empty(s), 8);  // warps of the two computing warpgroups
-      ptx::barrier_init(barriers.v_full(s), 1);
+      ptx::barrier_init(barriers.v_full(s), kFull);
       ptx::barrier_init(barriers.v_empty(s), 8);
+    }
+    for (int s = 0; s < Traits::kSlots; ++s) {
+      ptx::barrier_init(barriers.slot_full(s), 1);
+      ptx::barrier_init(barriers.slot_empty(s), 4);  // warps of the loading warpgroup
     }
     ptx::barrier_init_fence();
     ptx::bulk_prefetch_map(&args.k);
@@ -178,7 +193,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
   if (group == 0) {
     ptx::registers_shrink<Traits::kLoadRegisters>();
-    if (thread < 64) {
+    if constexpr (Traits::kBytes) {
+      load_bytes<Traits>(args, memory, barriers, items, thread);
+    } else if (thread < 64) {
       const bool keys = thread < 32;
       Ring ring{0, 1};  // parity 1: the first pass over the ring does not wait
       for (int32_t i; (i = items.next()) >= 0;) {
@@ -226,7 +243,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       if (lane == 0) ptx::barrier_arrive(barrier);
     };
     Ring k_ring, v_ring;
-    uint32_t q_parity = 0;
+    uint32_t q_parity = 0, scales = memory + Traits::kScales;  // of the tile
+    const auto next_scales = [&] {
+      scales += Traits::kScaleBytes;
+      if (scales == memory + Traits::kBarriers) scales = memory + Traits::kScales;
+    };
     for (int32_t i; (i = items.next()) >= 0;) {
       const Sm90Work w = read_work<Traits>(p, i);
       const int first_row = w.row0 + (group - 1) * 64;
@@ -244,7 +265,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       ptx::hold(s);
       release(barriers.k_empty(k_ring.stage));
       k_ring.template advance<Traits::kStages>();
+      if constexpr (Traits::kBytes) rows.times(s, scales);
       rows.softmax(s, w.stop_tile - 1, alpha);  // nothing to rescale yet
+      if constexpr (Traits::kBytes) rows.times(s, scales + Traits::kKeys * 4), next_scales();
       rows.pack(s, weights);
 
 #pragma unroll 1
@@ -260,7 +283,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         ptx::hold(s);
         release(barriers.k_empty(k_ring.stage));
         k_ring.template advance<Traits::kStages>();
+        if constexpr (Traits::kBytes) rows.times(s, scales);
         rows.softmax(s, n, alpha);
+        if constexpr (Traits::kBytes) rows.times(s, scales + Traits::kKeys * 4), next_scales();
         ptx::wgmma_wait<0>();
         ptx::hold(rows.o);
         release(barriers.v_empty(v_ring.stage));

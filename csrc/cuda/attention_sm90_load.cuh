@@ -14,10 +14,11 @@ struct Sm90Args {
   CUtensorMap k, v;  // [pages, block_size, heads, D], in boxes of 16 keys x 64 columns
 };
 
-template <typename T_, int D_>
+template <typename T_, int D_, int STORED>
 struct Sm90Traits {
   using T = T_;
-  static constexpr int D = D_;
+  static constexpr int D = D_, kStored = STORED;
+  static constexpr bool kBytes = STORED != kAsQuery;
   static constexpr int kKeys = D > 128 ? 64 : 128;  // of a tile
   static constexpr int kStages = D < 128 ? 4 : 2;
   static constexpr int kColumnBlocks = D / 64;     // of 128 bytes
@@ -27,14 +28,23 @@ struct Sm90Traits {
   static constexpr int kQ = 0;
   static constexpr int kK = kColumnBlocks * kQBlock;
   static constexpr int kV = kK + kStages * kTileBytes;
-  static constexpr int kBarriers = kV + kStages * kTileBytes;
-  static constexpr int kShared = kBarriers + 8 * (2 + 4 * kStages) + 1024;  // 1024: to align
+  // Pages of bytes: half tiles (K or V) as they are stored; a tile's scales, which are in use until
+  // its weights are made, a tile longer than its keys.
+  static constexpr int kSlotsAt = kV + kStages * kTileBytes;
+  static constexpr int kSlots = !kBytes ? 0 : D > 128 ? 2 : 3;
+  static constexpr int kSlotBytes = kKeys * D;
+  static constexpr int kScales = kSlotsAt + kSlots * kSlotBytes;
+  static constexpr int kScaleSlots = kBytes ? kStages + 1 : 0;
+  static constexpr int kScaleBytes = 2 * kKeys * 4;
+  static constexpr int kBarriers = kScales + kScaleSlots * kScaleBytes;
+  static constexpr int kShared = kBarriers + 8 * (2 + 4 * kStages + 2 * kSlots) + 1024;  // to align
   static constexpr int kThreads = 384;
   // Of a loading and of a computing thread: three warpgroups have 168 each.
-  static constexpr int kLoadRegisters = D > 128 ? 40 : 56;
+  static constexpr int kLoadRegisters = kBytes ? 88 : D > 128 ? 40 : 56;
   static constexpr int kRegisters = (3 * 168 - kLoadRegisters) / 2;
-  static constexpr int kCopies = kKeys / kPageKeys * kColumnBlocks;  // of K or V of a tile
-  static_assert(kCopies <= 32 && kPageKeys == kTileKeys);
+  // Of K or V of a tile.
+  static constexpr int kCopies = kKeys / kPageKeys * (kBytes ? 1 : kColumnBlocks);
+  static_assert(kCopies <= 32 && kPageKeys == kTileKeys && kShared <= 227 * 1024);
 };
 
 // Shared-memory addresses of the barriers.
@@ -47,6 +57,8 @@ struct Sm90Barriers {
   __device__ uint32_t k_empty(int stage) const { return base + 24 + stage * 32; }
   __device__ uint32_t v_full(int stage) const { return base + 32 + stage * 32; }
   __device__ uint32_t v_empty(int stage) const { return base + 40 + stage * 32; }
+  __device__ uint32_t slot_full(int s) const { return base + 16 + Traits::kStages * 32 + s * 16; }
+  __device__ uint32_t slot_empty(int s) const { return slot_full(s) + 8; }
 };
 
 // Position in a ring of stages; `parity` is that of the phase to wait for.
@@ -102,18 +114,22 @@ struct Sm90Loader {
   __device__ __forceinline__ int32_t key_of(int32_t n) const {
     return n * Traits::kKeys + lane % (Traits::kKeys / kPageKeys) * kPageKeys;
   }
-  // This lane's page of tile `n`: its entry in the block table, or -1.
-  __device__ __forceinline__ int32_t page_of(int32_t n) const {
+  // The block table entry of this lane's page of tile `n`, -1 if no query sees it.
+  __device__ __forceinline__ int32_t entry_of(int32_t n) const {
     const int32_t key = key_of(n);
     if (n < w.first_tile || key >= w.stop_key || key + kPageKeys <= w.item.q.begin) return -1;
-    const int32_t entry = p.a.tables[w.item.seq * p.a.table_stride + (key >> p.a.block_shift)];
+    return p.a.tables[w.item.seq * p.a.table_stride + (key >> p.a.block_shift)];
+  }
+  // An entry if it is a page, or -1.
+  __device__ __forceinline__ int32_t checked(int32_t entry, bool reports) const {
     if (static_cast<uint32_t>(entry) < static_cast<uint32_t>(p.a.num_pages)) return entry;
-    if (lane < Traits::kKeys / kPageKeys && w.head == 0) {
+    if (entry != -1 && reports && lane < Traits::kKeys / kPageKeys && w.head == 0) {
       const bool other = static_cast<uint32_t>(entry) >> kPlaceShift != 0;
       raise_flag(p.a.errors, kPagedAttention, other ? kBadPlace : kBadPage, entry);
     }
     return -1;
   }
+  __device__ __forceinline__ int32_t page_of(int32_t n) const { return checked(entry_of(n), true); }
 
   __device__ __forceinline__ void copy(const CUtensorMap& map, uint32_t tile, uint32_t barrier,
                                        int32_t key, int32_t page) const {
@@ -130,6 +146,17 @@ struct Sm90Loader {
     if (lane == 0) ptx::barrier_arrive_expect(barrier, Traits::kTileBytes);
     __syncwarp();
     if (lane < Traits::kCopies) copy(map, tile, barrier, key_of(n), page);
+  }
+
+  // Half a tile of bytes.
+  __device__ __forceinline__ void load_bytes(const CUtensorMap& map, uint32_t slot,
+                                             uint32_t barrier, int32_t n, int32_t page) const {
+    if (lane == 0) ptx::barrier_arrive_expect(barrier, Traits::kSlotBytes);
+    __syncwarp();
+    if (lane < Traits::kCopies) {
+      ptx::bulk_load(slot + lane * (kPageKeys * Traits::D), &map, barrier, 0, w.head,
+                     key_of(n) & ((1 << p.a.block_shift) - 1), page >= 0 ? page : p.a.num_pages);
+    }
   }
 
   // A page of which only some tokens hold values is copied by the lanes instead, zeros for the

@@ -1,88 +1,23 @@
-// One warp's part of attention with mma.sync: 16 packed query rows against tiles of 16 keys that
-// cp.async has brought to shared memory. Decode and the general prefill kernel are built of this.
+// One warp's part of attention with mma.sync: 8 or 16 packed query rows against tiles of 16 keys
+// that cp.async has brought to shared memory. Decode and the general prefill kernel are built of
+// this.
+//
+// Keys and values are the left operands: scores are K q^T, sums are V^T p^T. An mma has 16 rows and
+// 8 columns, so the 8 query rows of a decoding sequence leave nothing of it unused. A lane's scores
+// then belong to keys lane / 4 and lane / 4 + 8 and to rows 2 (lane % 4) and the next.
 #pragma once
 
-#include "attention.cuh"
+#include "attention_keys.cuh"
 
 namespace torch_pd {
 
-constexpr int kTileKeys = 16;  // never more than one page
-
-template <typename T_, int D_, int STORED>
-struct TileTraits {
-  using T = T_;                                                    // of q and out
-  using Mma = std::conditional_t<STORED != kAsQuery, __half, T_>;  // bytes are exact in float16
-  static constexpr int D = D_;
-  static constexpr bool FP8 = STORED != kAsQuery;  // either kind of bytes
-  static __device__ __forceinline__ ptx::Halves to_halves(uint32_t bytes) {
-    return STORED == kInt8 ? ptx::int8_to_halves(bytes) : ptx::float8_to_halves(bytes);
-  }
-  static constexpr int kRowBytes = D * (FP8 ? 1 : 2);
-  static constexpr int kChunks = kRowBytes / 16;
-  // An odd number of 16-byte chunks: ldmatrix reads 8 rows without bank conflicts.
-  static constexpr int kPitch = (kChunks | 1) * 16;
-  static constexpr int kTileBytes = kTileKeys * kPitch;  // of K or V
-  static_assert(D % 16 == 0);
-};
-
-// Copies one head of K and V of 16 keys from `key` on, which block table entry `entry` holds, to
-// shared memory; keys outside [q.begin, q.len) and of bad pages are filled with zeros (a page's
-// unused tokens may hold NaN). scales: [16] k_scale; v_scale follows `v_scales` bytes on.
-template <typename Traits>
-__device__ __forceinline__ void load_keys(const AttentionArgs& a, const Sequence& q, int head,
-                                          int32_t key, int32_t entry, uint32_t keys,
-                                          uint32_t values, uint32_t k_scales, uint32_t v_scales,
-                                          int lane, bool reports) {
-  Page page{a.k, a.v, a.k_scale, a.v_scale, false};
-  if (key < q.len && key + kTileKeys > q.begin) {
-    page = find_page<Traits::FP8>(a, entry, reports && lane == 0);
-  }
-  const int first = page.valid ? max(0, q.begin - key) : kTileKeys;
-  const int stop = min(kTileKeys, q.len - key);
-  const int in_page = key & ((1 << a.block_shift) - 1);
-  const char* k = page.k + in_page * static_cast<int64_t>(a.k_token) + head * a.k_head;
-  const char* v = page.v + in_page * static_cast<int64_t>(a.v_token) + head * a.v_head;
-  constexpr int kCopies = kTileKeys * Traits::kChunks;
-  if (32 % Traits::kChunks == 0 && first == 0 && stop == kTileKeys) {
-    // Nearly all tiles: a lane stays in its column, without a test a copy.
-    constexpr int kRows = 32 / Traits::kChunks;
-    const int row = lane / Traits::kChunks, column = lane % Traits::kChunks * 16;
-    const uint32_t at = row * Traits::kPitch + column;
-    const char *k_row = k + row * a.k_token + column, *v_row = v + row * a.v_token + column;
-#pragma unroll
-    for (int i = 0; i < kTileKeys; i += kRows) {
-      ptx::cp_async16(keys + at + i * Traits::kPitch, k_row, true);
-      ptx::cp_async16(values + at + i * Traits::kPitch, v_row, true);
-      k_row += kRows * a.k_token, v_row += kRows * a.v_token;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < (kCopies + 31) / 32; ++i) {
-      const int c = i * 32 + lane;
-      if (kCopies % 32 != 0 && c >= kCopies) break;
-      const int row = c / Traits::kChunks, column = (c - row * Traits::kChunks) * 16;
-      const bool valid = row >= first && row < stop;
-      const uint32_t at = row * Traits::kPitch + column;
-      ptx::cp_async16(keys + at, valid ? k + row * a.k_token + column : a.k, valid);
-      ptx::cp_async16(values + at, valid ? v + row * a.v_token + column : a.v, valid);
-    }
-  }
-  if constexpr (Traits::FP8) {
-    const int row = lane % 16;
-    const bool valid = row >= first && row < stop;
-    const float* source =
-        lane < 16 ? page.k_scale + static_cast<int64_t>(in_page + row) * a.ks_token + head
-                  : page.v_scale + static_cast<int64_t>(in_page + row) * a.vs_token + head;
-    ptx::cp_async4((lane < 16 ? k_scales : v_scales) + row * 4, valid ? source : a.k_scale, valid);
-  }
-}
-
-// The query rows of one tile as A fragments, and what the softmax of each row needs.
+// The query rows of one tile as B fragments, and what the softmax of this lane's rows needs.
 template <typename Traits>
 struct QueryRows {
-  uint32_t a[Traits::D / 16][4];
-  float scale[2];               // FP8: q was divided by this power of two to fit float16
-  int32_t last[2];              // last key that rows g, g + 8 see
+  static constexpr int N = Traits::kGroups;
+  uint32_t b[Traits::D / 16][N][2];
+  float scale[N][2];            // FP8: the row was divided by this power of two to fit float16
+  int32_t last[N][2];           // last key that the row sees
   int32_t min_last, max_first;  // keys outside [max_first, min_last] need the mask
 
   __device__ __forceinline__ void load(const AttentionArgs& args, const Sequence& q, int head,
@@ -90,36 +25,34 @@ struct QueryRows {
     using T = typename Traits::T;
     const int rows = q.q_len * args.group;
     const T* source = static_cast<const T*>(args.q);
-    const T* row_of[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = first_row + lane / 4 + 8 * h;
-      const int token = row / args.group;
-      // Rows past the end repeat row 0 of the tile; nothing of them is stored.
-      last[h] = q.position(row < rows ? token : first_row / args.group);
-      row_of[h] = row < rows ? source + (q.q_start + token) * args.q_token +
-                                   (head * args.group + row - token * args.group) * args.q_head
-                             : nullptr;
-    }
-    min_last = q.position(first_row / args.group);
-    const int32_t max_last = q.position((min(first_row + 16, rows) - 1) / args.group);
-    max_first = args.window > 0 ? max(0, max_last - args.window + 1) : 0;
-    // The k index of an mma step may be permuted if A and B agree: B fragments of bytes hold 4
+    // The k index of an mma step may be permuted if A and B agree: A fragments of bytes hold 4
     // neighbouring columns a thread, first the even ones (see compute_scores).
     constexpr int kSecond = Traits::FP8 ? 2 : 8;
     const int column = (lane % 4) * (Traits::FP8 ? 4 : 2);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int n = 0; n < N; ++n) {
+      const int row = first_row + 8 * n + lane / 4;
+      const int token = row / args.group;
+      const T* from = source + (q.q_start + token) * args.q_token +
+                      (head * args.group + row - token * args.group) * args.q_head + column;
 #pragma unroll
       for (int k = 0; k < Traits::D / 16; ++k) {
-        const T* p = row_of[h] + k * 16 + column;
-        const uint32_t x = row_of[h] != nullptr ? load2(p) : 0;
-        const uint32_t y = row_of[h] != nullptr ? load2(p + kSecond) : 0;
-        a[k][h] = Traits::FP8 ? __byte_perm(x, y, 0x5410) : x;
-        a[k][h + 2] = Traits::FP8 ? __byte_perm(x, y, 0x7632) : y;
+        // Rows past the end are zero; nothing of them is stored.
+        const uint32_t x = row < rows ? load2(from + k * 16) : 0;
+        const uint32_t y = row < rows ? load2(from + k * 16 + kSecond) : 0;
+        b[k][n][0] = Traits::FP8 ? __byte_perm(x, y, 0x5410) : x;
+        b[k][n][1] = Traits::FP8 ? __byte_perm(x, y, 0x7632) : y;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int mine = first_row + 8 * n + lane % 4 * 2 + i;
+        last[n][i] = q.position((mine < rows ? mine : first_row) / args.group);
       }
     }
-    if constexpr (Traits::FP8) to_float16();
+    min_last = q.position(first_row / args.group);
+    const int32_t max_last = q.position((min(first_row + Traits::kRows, rows) - 1) / args.group);
+    max_first = args.window > 0 ? max(0, max_last - args.window + 1) : 0;
+    if constexpr (Traits::FP8) to_float16(lane);
   }
 
  private:
@@ -135,256 +68,297 @@ struct QueryRows {
   }
   // Each row is divided by a power of two so that its largest value is in [1, 2): bfloat16's range
   // does not fit float16, and what falls below 2^-24 of the largest value does not matter.
-  __device__ __forceinline__ void to_float16() {
+  __device__ __forceinline__ void to_float16(int lane) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int n = 0; n < N; ++n) {
       float top = 0.0f;
 #pragma unroll
       for (int k = 0; k < Traits::D / 16; ++k) {
-        const float2 x = unpack(a[k][h]), y = unpack(a[k][h + 2]);
+        const float2 x = unpack(b[k][n][0]), y = unpack(b[k][n][1]);
         top = fmaxf(fmaxf(top, fmaxf(fabsf(x.x), fabsf(x.y))), fmaxf(fabsf(y.x), fabsf(y.y)));
       }
       top = ptx::quad_max(top);
-      scale[h] = __uint_as_float(max(__float_as_uint(top) & 0x7f800000u, 1u << 23));
-      const float inverse = __uint_as_float((254u << 23) - __float_as_uint(scale[h]));
+      const float unit = __uint_as_float(max(__float_as_uint(top) & 0x7f800000u, 1u << 23));
+      const float inverse = __uint_as_float((254u << 23) - __float_as_uint(unit));
 #pragma unroll
       for (int k = 0; k < Traits::D / 16; ++k) {
 #pragma unroll
-        for (int i = h; i < 4; i += 2) {
-          const float2 x = unpack(a[k][i]);
-          a[k][i] = ptx::pack2<__half>(x.x * inverse, x.y * inverse);
+        for (int i = 0; i < 2; ++i) {
+          const float2 x = unpack(b[k][n][i]);
+          b[k][n][i] = ptx::pack2<__half>(x.x * inverse, x.y * inverse);
         }
       }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) scale[n][i] = __shfl_sync(~0u, unit, (lane % 4 * 2 + i) * 4);
     }
   }
 };
 
-// Softmax state of 16 rows and their sums of p * v.
+// Softmax state of kRows rows and their sums of p * v. Element [n][i] is of row
+// 8 n + 2 (lane % 4) + i, see row_of.
 template <typename Traits>
 struct RowTile {
-  static constexpr int D = Traits::D;
+  static constexpr int D = Traits::D, N = Traits::kGroups;
   using T = typename Traits::T;
   using Mma = typename Traits::Mma;
+  // The maximum that sums are relative to may be this much (of log2) below the true one: so it
+  // settles after a few tiles, and p stays in the range of float16.
+  static constexpr float kSlack = 6.0f;
 
   int lane;
   QueryRows<Traits> query;
-  float m[2], l[2];         // rows g, g + 8: maximum; this thread's share of the sum
-  float o[D / 8][4];        // C fragments
+  float m[N][2], l[N][2];   // maximum; this thread's share of the sum
+  float o[D / 16][N][4];    // C fragments: element i + 2 h is of row i; columns: see each_pair
   float v_unit, v_inverse;  // FP8: o is in units of this scale; 1 / v_unit
+
+  __device__ __forceinline__ int row_of(int n, int i) const { return 8 * n + lane % 4 * 2 + i; }
 
   __device__ __forceinline__ void begin(const AttentionArgs& a, const Sequence& q, int head,
                                         int first_row) {
     query.load(a, q, head, first_row, lane);
-    m[0] = m[1] = -INFINITY;
-    l[0] = l[1] = 0.0f;
     v_unit = v_inverse = 0.0f;
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+    for (int n = 0; n < N; ++n) {
+      m[n][0] = m[n][1] = -INFINITY;
+      l[n][0] = l[n][1] = 0.0f;
+#pragma unroll
+      for (int j = 0; j < D / 16; ++j) o[j][n][0] = o[j][n][1] = o[j][n][2] = o[j][n][3] = 0.0f;
+    }
   }
 
-  // s[n] = C fragment of keys 8 n .. 8 n + 7 of TILES tiles; their rows follow each other.
-  template <int TILES>
-  __device__ __forceinline__ void compute_scores(uint32_t keys, float (&s)[2 * TILES][4]) const {
+  // Where this lane's row of the four 8 x 8 matrices of ldmatrix is, for K and (transposed) V:
+  // keys 0-7, 8-15, 0-7, 8-15; the first 16 bytes twice, then the next.
+  __device__ __forceinline__ uint32_t matrix_row() const {
+    return lane % 16 * Traits::kPitch + lane / 16 * 16;
+  }
+
+  // s = C fragments of the tile's keys.
+  __device__ __forceinline__ void compute_scores(uint32_t keys, float (&s)[N][4]) const {
+    float odd[N][4];  // of every second step: two short chains of sums, not a long one
 #pragma unroll
-    for (int n = 0; n < 2 * TILES; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
-    // Rows of the four matrices: keys 0-7, 0-7, 8-15, 8-15; columns: first, second 16 bytes.
-    const uint32_t at = keys + (lane % 8 + lane / 16 * 8) * Traits::kPitch + lane / 8 % 2 * 16;
-    // float8: 16 bytes are 16 columns, one mma step; a thread gets 4 neighbouring ones.
-    constexpr int kSteps = Traits::FP8 ? D / 32 : D / 16;
+    for (int i = 0; i < N * 4; ++i) s[i / 4][i % 4] = odd[i / 4][i % 4] = 0.0f;
+    const uint32_t at = keys + matrix_row();
+    // float8: 16 bytes are 16 columns, one mma step; a thread gets 4 neighbouring ones. With an odd
+    // number of steps the last second 16 bytes are padding.
+    constexpr int kLoads = Traits::FP8 ? (D + 16) / 32 : D / 16;
+    constexpr int kBatch = Traits::kBatch < kLoads ? Traits::kBatch : kLoads;
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
+    for (int from = 0; from < kLoads; from += kBatch) {
+      uint32_t x[kBatch][4];
 #pragma unroll
-      for (int t = 0; t < TILES; ++t) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4(b, at + t * Traits::kTileBytes + k * 32);
+      for (int i = 0; i < kBatch; ++i) {
+        if (from + i < kLoads) ptx::ldmatrix_x4(x[i], at + (from + i) * 32);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int k = from + i;
+        if (k >= kLoads) continue;
         if constexpr (!Traits::FP8) {
-          ptx::mma<Mma>(s[2 * t], query.a[k], b[0], b[1]);
-          ptx::mma<Mma>(s[2 * t + 1], query.a[k], b[2], b[3]);
+          float (&sum)[N][4] = Traits::kTight || k % 2 == 0 ? s : odd;
+#pragma unroll
+          for (int n = 0; n < N; ++n) {
+            ptx::mma<Mma>(sum[n], x[i], query.b[k][n][0], query.b[k][n][1]);
+          }
         } else {
-          step_fp8(s[2 * t], 2 * k, b[0]), step_fp8(s[2 * t + 1], 2 * k, b[2]);
-          step_fp8(s[2 * t], 2 * k + 1, b[1]), step_fp8(s[2 * t + 1], 2 * k + 1, b[3]);
+          score_bytes(s, 2 * k, x[i][0], x[i][1]);
+          if (2 * k + 1 < D / 16) {
+            score_bytes(Traits::kTight ? s : odd, 2 * k + 1, x[i][2], x[i][3]);
+          }
         }
       }
     }
-    if constexpr (Traits::FP8 && D % 32 != 0) {  // the second 16 bytes are padding
+    if constexpr (!Traits::kTight) {
 #pragma unroll
-      for (int t = 0; t < TILES; ++t) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4(b, at + t * Traits::kTileBytes + D / 32 * 32);
-        step_fp8(s[2 * t], D / 16 - 1, b[0]), step_fp8(s[2 * t + 1], D / 16 - 1, b[2]);
+      for (int i = 0; i < N * 4; ++i) s[i / 4][i % 4] += odd[i / 4][i % 4];
+    }
+  }
+  __device__ __forceinline__ void score_bytes(float (&s)[N][4], int k, uint32_t x,
+                                              uint32_t y) const {
+    const ptx::Halves low = Traits::to_halves(x), high = Traits::to_halves(y);
+    const uint32_t a[4] = {low.even, high.even, low.odd, high.odd};
+#pragma unroll
+    for (int n = 0; n < N; ++n) ptx::mma<Mma>(s[n], a, query.b[k][n][0], query.b[k][n][1]);
+  }
+
+  // p: B fragments, of 16 keys.
+  __device__ __forceinline__ void add_values(uint32_t values, const uint32_t (&p)[N][2]) {
+    const uint32_t at = values + matrix_row();
+    constexpr int kLoads = Traits::FP8 ? (D + 16) / 32 : D / 16;
+    constexpr int kBatch = Traits::kBatch < kLoads ? Traits::kBatch : kLoads;
+#pragma unroll
+    for (int from = 0; from < kLoads; from += kBatch) {
+      uint32_t x[kBatch][4];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (from + i < kLoads) ptx::ldmatrix_x4_trans(x[i], at + (from + i) * 32);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int j = from + i;
+        if (j >= kLoads) continue;
+        if constexpr (!Traits::FP8) {
+          const uint32_t a[4] = {x[i][0], x[i][2], x[i][1], x[i][3]};
+#pragma unroll
+          for (int n = 0; n < N; ++n) ptx::mma<Mma>(o[j][n], a, p[n][0], p[n][1]);
+        } else {
+          add_bytes(o[2 * j], p, x[i][0], x[i][1]);
+          if (2 * j + 1 < D / 16) add_bytes(o[2 * j + 1], p, x[i][2], x[i][3]);
+        }
       }
     }
   }
-  __device__ __forceinline__ void step_fp8(float (&s)[4], int k, uint32_t x) const {
-    const ptx::Halves b = Traits::to_halves(x);
-    ptx::mma<Mma>(s, query.a[k], b.even, b.odd);
+  // A transposed 16-bit element is two columns: row g of the product is the even one of pair g, row
+  // g + 8 the odd one.
+  __device__ __forceinline__ static void add_bytes(float (&o)[N][4], const uint32_t (&p)[N][2],
+                                                   uint32_t x, uint32_t y) {
+    const ptx::Halves low = Traits::to_halves(x), high = Traits::to_halves(y);
+    const uint32_t a[4] = {low.even, low.odd, high.even, high.odd};
+#pragma unroll
+    for (int n = 0; n < N; ++n) ptx::mma<Mma>(o[n], a, p[n][0], p[n][1]);
   }
 
-  __device__ __forceinline__ void add_values(uint32_t values, const uint32_t (&p)[4]) {
-    // Rows of the four matrices: keys 0-7, 8-15, 0-7, 8-15; columns: first, second 16 bytes.
-    const uint32_t at = values + lane % 16 * Traits::kPitch + lane / 16 * 16;
-    if constexpr (!Traits::FP8) {
-#pragma unroll
-      for (int j = 0; j < D / 16; ++j) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4_trans(b, at + j * 32);
-        ptx::mma<Mma>(o[2 * j], p, b[0], b[1]);
-        ptx::mma<Mma>(o[2 * j + 1], p, b[2], b[3]);
-      }
-    } else {
-      // A 16-bit element is two columns: o[2 j] gets the even ones of 16, o[2 j + 1] the odd ones.
-#pragma unroll
-      for (int j = 0; j < D / 32; ++j) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4_trans(b, at + j * 32);
-        add_fp8(o[4 * j], o[4 * j + 1], p, b[0], b[1]);
-        add_fp8(o[4 * j + 2], o[4 * j + 3], p, b[2], b[3]);
-      }
-      if constexpr (D % 32 != 0) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4_trans(b, at + D / 32 * 32);
-        add_fp8(o[D / 8 - 2], o[D / 8 - 1], p, b[0], b[1]);
-      }
-    }
-  }
-  __device__ __forceinline__ void add_fp8(float (&even)[4], float (&odd)[4], const uint32_t (&p)[4],
-                                          uint32_t x, uint32_t y) {
-    const ptx::Halves b0 = Traits::to_halves(x), b1 = Traits::to_halves(y);
-    ptx::mma<Mma>(even, p, b0.even, b1.even);
-    ptx::mma<Mma>(odd, p, b0.odd, b1.odd);
-  }
-
-  // Adds TILES tiles of keys from position `key` on: K and V at shared addresses `keys`, `values`.
-  template <int TILES = 1>
+  // Adds a tile of keys from position `key` on: K and V at shared addresses `keys`, `values`.
   __device__ __forceinline__ void add_keys(const AttentionArgs& a, int32_t key, uint32_t keys,
                                            uint32_t values, const float* k_scales,
                                            const float* v_scales) {
-    constexpr int N = 2 * TILES;
     float s[N][4];
-    compute_scores<TILES>(keys, s);
-    float v_scale[N][2];
+    compute_scores(keys, s);
+    float v_scale[2];
     if constexpr (Traits::FP8) {
+      const int at = lane / 4;
+      const float k_scale[2] = {k_scales[at], k_scales[at + 8]};
+      v_scale[0] = v_scales[at], v_scale[1] = v_scales[at + 8];
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-        const float2 k2 = *reinterpret_cast<const float2*>(k_scales + n * 8 + lane % 4 * 2);
-        const float2 v2 = *reinterpret_cast<const float2*>(v_scales + n * 8 + lane % 4 * 2);
-        s[n][0] *= k2.x, s[n][1] *= k2.y, s[n][2] *= k2.x, s[n][3] *= k2.y;
-        v_scale[n][0] = v2.x, v_scale[n][1] = v2.y;
-      }
+      for (int i = 0; i < N * 4; ++i) s[i / 4][i % 4] *= k_scale[i % 4 / 2];
       set_v_unit(v_scale);
     }
     // Logits are s * unit. A positive unit does not change which is the largest, so it waits for
     // the exponential, where multiplying by it costs nothing.
-    float unit[2] = {a.scale_log2, a.scale_log2};
-    if constexpr (Traits::FP8) unit[0] *= query.scale[0], unit[1] *= query.scale[1];
+    float unit[N][2];
+#pragma unroll
+    for (int i = 0; i < 2 * N; ++i) {
+      unit[i / 2][i % 2] = a.scale_log2 * (Traits::FP8 ? query.scale[i / 2][i % 2] : 1.0f);
+    }
     if (a.cap_log2 != 0.0f || a.scale_log2 <= 0.0f) {
 #pragma unroll
-      for (int i = 0; i < 4 * N; ++i) {
+      for (int i = 0; i < N * 4; ++i) {
         float& x = s[i / 4][i % 4];
-        const float dot = Traits::FP8 ? x * query.scale[i % 4 / 2] : x;
+        const float dot = Traits::FP8 ? x * query.scale[i / 4][i % 2] : x;
         x = a.cap_log2 != 0.0f ? capped_logit(a, dot) : dot * a.scale_log2;
       }
-      unit[0] = unit[1] = 1.0f;
+#pragma unroll
+      for (int n = 0; n < N; ++n) unit[n][0] = unit[n][1] = 1.0f;
     }
-    const bool masked = key + TILES * kTileKeys - 1 > query.min_last || key < query.max_first;
+    if (key + kTileKeys - 1 > query.min_last || key < query.max_first) {
+#pragma unroll
+      for (int i = 0; i < N * 4; ++i) {
+        const int32_t at = key + lane / 4 + i % 4 / 2 * 8, last = query.last[i / 4][i % 2];
+        if (at > last || (a.window > 0 && at <= last - a.window)) s[i / 4][i % 4] = -INFINITY;
+      }
+    }
+    float most[N][2];
+    bool grows = false;
+#pragma unroll
+    for (int i = 0; i < 2 * N; ++i) {
+      const int n = i / 2, r = i % 2;
+      most[n][r] = fmaxf(s[n][r], s[n][r + 2]) * unit[n][r];
+      grows |= most[n][r] > m[n][r] + kSlack;
+    }
+    if (__any_sync(~0u, grows)) raise(most);
+    uint32_t p[N][2];
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (masked) {
-          const int32_t at = key + n * 8 + lane % 4 * 2 + i % 2, last = query.last[i / 2];
-          if (at > last || (a.window > 0 && at <= last - a.window)) s[n][i] = -INFINITY;
-        }
+        const float base = finite_base(m[n][i % 2]);
+        s[n][i] = ptx::exp2_approx(fmaf(s[n][i], unit[n][i % 2], -base));
+        l[n][i % 2] += s[n][i];
+        if constexpr (Traits::FP8) s[n][i] *= v_scale[i / 2];
       }
+      // From keys x pairs of rows to rows x pairs of keys.
+      p[n][0] = ptx::transpose_matrix(ptx::pack2<Mma>(s[n][0], s[n][1]));
+      p[n][1] = ptx::transpose_matrix(ptx::pack2<Mma>(s[n][2], s[n][3]));
     }
-    float alpha[2];
+    add_values(values, p);
+  }
+
+  // New maxima, and what was added up so far made relative to them. most: of this thread's keys.
+  __device__ __forceinline__ void raise(const float (&most)[N][2]) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float most = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
+    for (int n = 0; n < N; ++n) {
 #pragma unroll
-      for (int n = 1; n < N; ++n) most = fmaxf(most, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-      const float top = fmaxf(m[h], ptx::quad_max(most) * unit[h]), base = finite_base(top);
-      alpha[h] = ptx::exp2_approx(m[h] - base);
-      m[h] = top;
-      float sum = 0.0f;
+      for (int r = 0; r < 2; ++r) {
+        const float top = fmaxf(m[n][r], ptx::column_max(most[n][r]));
+        const float alpha = ptx::exp2_approx(m[n][r] - finite_base(top));
+        m[n][r] = top;
+        l[n][r] *= alpha;
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-#pragma unroll
-        for (int i = 2 * h; i < 2 * h + 2; ++i) {
-          s[n][i] = ptx::exp2_approx(fmaf(s[n][i], unit[h], -base));
-          sum += s[n][i];
-          if constexpr (Traits::FP8) s[n][i] *= v_scale[n][i % 2];
-        }
+        for (int j = 0; j < D / 16; ++j) o[j][n][r] *= alpha, o[j][n][r + 2] *= alpha;
       }
-      l[h] = l[h] * alpha[h] + sum;
-    }
-    // The maximum settles after a few tiles; from then on there is nothing to rescale.
-    if (__any_sync(~0u, alpha[0] != 1.0f || alpha[1] != 1.0f)) {
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        o[j][0] *= alpha[0], o[j][1] *= alpha[0], o[j][2] *= alpha[1], o[j][3] *= alpha[1];
-      }
-    }
-#pragma unroll
-    for (int t = 0; t < TILES; ++t) {
-      const float (&x)[4] = s[2 * t], (&y)[4] = s[2 * t + 1];
-      const uint32_t p[4] = {ptx::pack2<Mma>(x[0], x[1]), ptx::pack2<Mma>(x[2], x[3]),
-                             ptx::pack2<Mma>(y[0], y[1]), ptx::pack2<Mma>(y[2], y[3])};
-      add_values(values + t * Traits::kTileBytes, p);
     }
   }
 
   // FP8: p * v_scale goes through float16, so it is taken relative to a unit near the largest scale
   // seen. Divides `v_scale` by the unit, raising the unit first (rare) if the scales outgrew it.
-  template <int N>
-  __device__ __forceinline__ void set_v_unit(float (&v_scale)[N][2]) {
-    float top = 0.0f;
-#pragma unroll
-    for (int n = 0; n < N; ++n) top = fmaxf(top, fmaxf(v_scale[n][0], v_scale[n][1]));
-    top = ptx::quad_max(top);
-    if (top > v_unit * 256.0f) {
+  __device__ __forceinline__ void set_v_unit(float (&v_scale)[2]) {
+    float top = fmaxf(v_scale[0], v_scale[1]);
+    if (__any_sync(~0u, top > v_unit * 256.0f)) {
+      top = ptx::column_max(top);
       // A power of two, so that dividing by it is exact.
       const float unit = __uint_as_float(__float_as_uint(top) & 0x7f800000u);
-      const float shrink = unit > 0.0f ? v_unit / unit : 1.0f;
+      v_inverse = unit > 0.0f ? __frcp_rn(unit) : 0.0f;
+      const float shrink = unit > 0.0f ? v_unit * v_inverse : 1.0f;
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) o[j][i] *= shrink;
-      }
-      v_unit = unit, v_inverse = unit > 0.0f ? 1.0f / unit : 0.0f;
+      for (int i = 0; i < D / 16 * N * 4; ++i) o[i / (4 * N)][i / 4 % N][i % 4] *= shrink;
+      v_unit = unit;
     }
-#pragma unroll
-    for (int n = 0; n < N; ++n) v_scale[n][0] *= v_inverse, v_scale[n][1] *= v_inverse;
+    v_scale[0] *= v_inverse, v_scale[1] *= v_inverse;
   }
 
-  // Calls store(column, x, y) with all of this thread's columns, in pairs, of row g + 8 h.
+  // Calls store(column, x, y) with all of this thread's columns, in pairs, of row_of(n, i). All
+  // lanes call it together.
   template <typename Store>
-  __device__ __forceinline__ void each_pair(int h, Store store) const {
+  __device__ __forceinline__ void each_pair(int n, int i, Store store) const {
     if constexpr (!Traits::FP8) {
+      // Columns g and g + 8 of 16 (g = lane / 4): neighbouring lanes swap one of them.
+      const bool odd = lane / 4 % 2 != 0;
+      const int column = lane / 4 + (odd ? 7 : 0);
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j) store(j * 8 + lane % 4 * 2, o[j][2 * h], o[j][2 * h + 1]);
+      for (int j = 0; j < D / 16; ++j) {
+        const float x = o[j][n][i], y = o[j][n][i + 2];
+        const float got = __shfl_xor_sync(~0u, odd ? x : y, 4);
+        store(j * 16 + column, odd ? got : x, odd ? y : got);
+      }
     } else {
 #pragma unroll
       for (int j = 0; j < D / 16; ++j) {
-        const int column = j * 16 + lane % 4 * 4;
-        store(column, o[2 * j][2 * h], o[2 * j + 1][2 * h]);
-        store(column + 2, o[2 * j][2 * h + 1], o[2 * j + 1][2 * h + 1]);
+        store(j * 16 + lane / 4 * 2, o[j][n][i], o[j][n][i + 2]);
       }
     }
   }
 
-  // Row of the sequence that half h of this thread's fragments belongs to, its sum closed.
+  // Writes the rows of the sequence from first_row on.
   __device__ __forceinline__ void write(const AttentionArgs& a, const Sequence& q, int head,
-                                        int row, int h, float sum) const {
-    const int token = row / a.group, query_head = head * a.group + row - token * a.group;
-    const Closed closed = close_row(a, m[h], sum, query_head);
-    const float factor = closed.factor * (Traits::FP8 ? v_unit : 1.0f);
-    T* out = static_cast<T*>(a.out) + (q.q_start + token) * a.out_token + query_head * a.out_head;
-    each_pair(h, [&](int column, float x, float y) {
-      *reinterpret_cast<uint32_t*>(out + column) = ptx::pack2<T>(x * factor, y * factor);
-    });
-    if (a.lse != nullptr && lane % 4 == 0) {
-      a.lse[(q.q_start + token) * a.lse_token + query_head] = closed.lse;
+                                        int first_row) const {
+#pragma unroll
+    for (int x = 0; x < 2 * N; ++x) {
+      const int n = x / 2, i = x % 2;
+      const float sum = ptx::column_sum(l[n][i]);
+      const int row = first_row + row_of(n, i);
+      const bool valid = row < q.q_len * a.group;
+      const int token = row / a.group;
+      const int query_head = valid ? head * a.group + row - token * a.group : 0;
+      const Closed closed = close_row(a, m[n][i], sum, query_head);
+      const float factor = closed.factor * (Traits::FP8 ? v_unit : 1.0f);
+      T* out = static_cast<T*>(a.out) + (q.q_start + token) * a.out_token + query_head * a.out_head;
+      each_pair(n, i, [&](int column, float x, float y) {
+        if (valid) {
+          *reinterpret_cast<uint32_t*>(out + column) = ptx::pack2<T>(x * factor, y * factor);
+        }
+      });
+      if (valid && a.lse != nullptr && lane < 4) {
+        a.lse[(q.q_start + token) * a.lse_token + query_head] = closed.lse;
+      }
     }
   }
 };

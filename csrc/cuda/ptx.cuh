@@ -14,11 +14,19 @@ __device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Copies 16 bytes to shared memory, or writes 16 zero bytes (reading nothing) if !valid.
+// Copies 16 bytes to shared memory, or writes 16 zero bytes (reading nothing) if !valid. PREFETCH:
+// bytes around them, 128 or 256, that come to the L2 cache with them.
+template <int PREFETCH = 128>
 __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(src),
-               "r"(valid ? 16 : 0)
-               : "memory");
+  if constexpr (PREFETCH == 256) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(src),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(src),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  }
 }
 __device__ __forceinline__ void cp_async4(uint32_t dst, const void* src, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(dst), "l"(src),
@@ -47,6 +55,13 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
+}
+
+// Transposes an 8x8 matrix of 16-bit elements: a lane has elements 2 * (l % 4), + 1 of row l / 4.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(x));
+  return y;
 }
 
 // c [16, 8] += a [16, 16] b [16, 8]. With g = lane / 4, i = 2 * (lane % 4): a = rows g, g + 8 of
@@ -81,9 +96,18 @@ __device__ __forceinline__ float exp2_approx(float x) {
 struct Halves {
   uint32_t even, odd;
 };
+// The bits of `x` that `mask` has, else those of `y`.
+__device__ __forceinline__ uint32_t select_bits(uint32_t x, uint32_t y, uint32_t mask) {
+  uint32_t z;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(z) : "r"(x), "r"(y), "r"(mask));
+  return z;
+}
 __device__ __forceinline__ Halves float8_to_halves(uint32_t x) {
-  return {(x & 0x00800080u) << 8 | (x & 0x007f007fu) << 6,
-          (x & 0x80008000u) | (x & 0x7f007f00u) >> 2};
+  // Six instructions: a sign alone in its byte needs no mask of its own, so one operation joins it
+  // with the rest (the compiler, left alone, takes seven).
+  constexpr uint32_t kMagnitude = 0x1fc01fc0u;
+  const uint32_t signs = x & 0x80808080u;
+  return {select_bits(x << 6, signs << 8, kMagnitude), select_bits(x >> 2, signs, kMagnitude)};
 }
 // int8: with the sign bit flipped a byte is the low one of 1024 + 128 + value.
 __device__ __forceinline__ Halves int8_to_halves(uint32_t x) {
@@ -130,6 +154,28 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// Over the eight lanes of equal l % 4.
+__device__ __forceinline__ float column_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 4));
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 8));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 16));
+}
+__device__ __forceinline__ float column_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 4);
+  x += __shfl_xor_sync(~0u, x, 8);
+  return x + __shfl_xor_sync(~0u, x, 16);
+}
+
+// Makes the compiler keep a value in registers, not work it out again at each use.
+template <typename T>
+__device__ __forceinline__ void keep(T& x) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(x));
+  } else {
+    asm volatile("" : "+r"(x));
+  }
+}
+
 // x[i] of lane c of a quad becomes x[c] of lane i.
 __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4], int lane) {
   const bool odd = lane & 1, upper = lane & 2;
@@ -149,6 +195,23 @@ __device__ __forceinline__ void store_shared16(uint32_t address, uint4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(x.x), "r"(x.y),
                "r"(x.z), "r"(x.w)
                : "memory");
+}
+
+__device__ __forceinline__ void store_shared4(uint32_t address, float x) {
+  asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(address), "f"(x) : "memory");
+}
+__device__ __forceinline__ float2 load_shared8(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(x.x), "=f"(x.y) : "r"(address));
+  return x;
+}
+__device__ __forceinline__ uint4 load_shared16(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
 }
 
 // Brings the line of an address that may be read to the L2 cache.

@@ -214,10 +214,22 @@ def test_prefill(case: dict) -> None:
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("stored", [None, FLOAT8, INT8])
-def test_decode_many_slices(dim: int, stored: torch.dtype | None) -> None:
+@pytest.mark.parametrize("most", [1, 2])
+def test_decode_many_slices(dim: int, stored: torch.dtype | None, most: int) -> None:
     """Long and skewed: sequences that many slices share, others that none cuts."""
     lens = [6000, 1, 17, 900, 1500, 64, 16]
-    make_case(lens, [1, 1, 1, 2, 1, 1, 1], dim=dim, stored=stored, kv_heads=8, group=8).check()
+    queries = [1, 1, 1, most, 1, 1, 1]
+    make_case(lens, queries, dim=dim, stored=stored, kv_heads=8, group=8).check()
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("stored", [None, FLOAT8, INT8])
+@pytest.mark.parametrize(("group", "window"), [(8, 0), (5, 150), (12, 0)])
+def test_decode_many_pieces(dim: int, stored: torch.dtype | None, group: int, window: int) -> None:
+    """Warps that end one sequence and begin another, both shared with others."""
+    lens = [120 + 37 * i % 500 for i in range(90)]
+    features = {"group": group, "window": window, "dim": dim, "stored": stored}
+    make_case(lens, [1] * len(lens), kv_heads=8, **features).check()
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
@@ -227,6 +239,18 @@ def test_decode_many_slices(dim: int, stored: torch.dtype | None) -> None:
 def test_prefill_long(dtype: torch.dtype, dim: int, queries: list[int], features: dict) -> None:
     lens = [n + 333 * (i % 2) + (n == 0) for i, n in enumerate(queries)]
     make_case(lens, queries, dim=dim, dtype=dtype, group=8, kv_heads=2, **features).check()
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(BF16, FLOAT8), (F16, INT8)])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("queries", [[700], [300, 1, 0, 129, 5]])
+@pytest.mark.parametrize("features", [{}, {"window": 100, "sinks": True, "pinned": True}])
+def test_prefill_long_bytes(
+    dtype: torch.dtype, stored: torch.dtype, dim: int, queries: list[int], features: dict
+) -> None:
+    lens = [n + 333 * (i % 2) + (n == 0) for i, n in enumerate(queries)]
+    shape = {"dim": dim, "group": 8, "kv_heads": 2, "block": 32}
+    make_case(lens, queries, dtype=dtype, stored=stored, **shape, **features).check()
 
 
 @pytest.mark.parametrize("extra", [0, 1, 15, 16, 17, 127, 128, 129, 1000])
