@@ -38,7 +38,7 @@ struct DecodeTraits : TileTraits<T, D, STORED, ROWS> {
   static constexpr int kRingBytes = kStages * kStageBytes;  // of a warp
   static constexpr int kShared = kWarps * kRingBytes;
   static constexpr int kLeastSteps = kWarps;  // of a slice: one a warp
-  static_assert(kStages >= 3 && kRingBytes >= ROWS * kSumPitch * 4 && kRingBytes % 16 == 0);
+  static_assert(kStages >= 3 && kRingBytes >= ROWS * kSumPitch * 4 && kStageBytes % 128 == 0);
 };
 
 // How `steps` are dealt out: to as many slices as fit, of equal length.

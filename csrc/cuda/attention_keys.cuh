@@ -21,12 +21,20 @@ struct TileTraits {
   static constexpr int kRowBytes = D * (FP8 ? 1 : 2);
   static constexpr int kChunks = kRowBytes / 16;
   static constexpr int kPrefetch = kRowBytes < 256 ? 256 : 128;
-  // An odd number of 16-byte chunks: ldmatrix reads 8 rows without bank conflicts.
-  static constexpr int kPitch = (kChunks | 1) * 16;
+  // ldmatrix reads one column of chunks of 8 rows, without bank conflicts: rows of a power of two
+  // of chunks follow each other densely, their chunks in another order in each row; others lie an
+  // odd number of chunks apart. (Dense: a copy of a row then stays inside one line of 128 bytes of
+  // shared memory; one that straddled two would fetch half of its sectors twice.)
+  static constexpr bool kSwizzled = (kChunks & (kChunks - 1)) == 0;
+  static constexpr int kPitch = (kSwizzled ? kChunks : kChunks | 1) * 16;
+  // What row `row` does to the offset of a chunk.
+  static __host__ __device__ constexpr int swizzle(int row) {
+    return !kSwizzled ? 0 : kChunks < 8 ? row / 2 % kChunks * 16 : row % 8 * 16;
+  }
   static constexpr int kTileBytes = kTileKeys * kPitch;  // of K or V
   static constexpr bool kTight = D > 128 && ROWS > 8;    // sums take half of all registers
   static constexpr int kBatch = kTight ? 1 : 4;  // ldmatrix before the first of them is used
-  static_assert(D % 16 == 0 && ROWS % 8 == 0);
+  static_assert(D % 16 == 0 && ROWS % 8 == 0 && kChunks >= 4);
 };
 
 // Copies one head of K and V of 16 keys at a time to shared memory. What does not depend on the
@@ -55,7 +63,7 @@ struct KeyLoader {
     const int row = kWhole ? lane / kChunks : 0, column = kWhole ? lane % kChunks * 16 : 0;
     k = a.k + int64_t{head} * a.k_head + row * int64_t{a.k_token} + column;
     v = a.v + int64_t{head} * a.v_head + row * int64_t{a.v_token} + column;
-    to = row * Traits::kPitch + column;
+    to = row * Traits::kPitch + (column ^ Traits::swizzle(row));
     k_rows = kRows * a.k_token, v_rows = kRows * a.v_token;
     if constexpr (!Traits::kTight) {
       ptx::keep(k), ptx::keep(v), ptx::keep(to), ptx::keep(k_rows), ptx::keep(v_rows);
@@ -88,8 +96,10 @@ struct KeyLoader {
     if (kWhole && first == 0 && stop == kTileKeys) {  // nearly all tiles
 #pragma unroll
       for (int i = 0; i < kTileKeys; i += kRows) {
-        ptx::cp_async16<Traits::kPrefetch>(keys + to + i * Traits::kPitch, k_row, true);
-        ptx::cp_async16<Traits::kPrefetch>(values + to + i * Traits::kPitch, v_row, true);
+        // Row i + lane / kChunks: no bit is in both, so neither is one in what they do to a chunk.
+        const uint32_t at = (to ^ Traits::swizzle(i)) + i * Traits::kPitch;
+        ptx::cp_async16<Traits::kPrefetch>(keys + at, k_row, true);
+        ptx::cp_async16<Traits::kPrefetch>(values + at, v_row, true);
         k_row += k_rows, v_row += v_rows;
       }
     } else {
@@ -100,7 +110,7 @@ struct KeyLoader {
         const int row = c / kChunks, down = row - own / kChunks;
         const int column = (c - row * kChunks) * 16, right = column - own % kChunks * 16;
         const bool valid = row >= first && row < stop;
-        const uint32_t at = row * Traits::kPitch + column;
+        const uint32_t at = row * Traits::kPitch + (column ^ Traits::swizzle(row));
         ptx::cp_async16(keys + at, valid ? k_row + down * int64_t{a.k_token} + right : a.k, valid);
         ptx::cp_async16(values + at, valid ? v_row + down * int64_t{a.v_token} + right : a.v,
                         valid);

@@ -42,6 +42,7 @@ struct PrefillTraits : TileTraits<T, D, STORED, 16> {
   static constexpr int kStageBytes =
       kWarps * (2 * Tile::kTileBytes + (STORED ? 2 * kTileKeys * 4 : 0));
   static constexpr int kShared = 2 * kStageBytes;
+  static_assert(kStageBytes % 128 == 0);
 };
 
 template <typename Traits>

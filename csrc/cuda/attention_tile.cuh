@@ -127,9 +127,14 @@ struct RowTile {
   }
 
   // Where this lane's row of the four 8 x 8 matrices of ldmatrix is, for K and (transposed) V:
-  // keys 0-7, 8-15, 0-7, 8-15; the first 16 bytes twice, then the next.
-  __device__ __forceinline__ uint32_t matrix_row() const {
-    return lane % 16 * Traits::kPitch + lane / 16 * 16;
+  // keys 0-7, 8-15, 0-7, 8-15; the first 16 bytes twice, then the next. `tile` is aligned to 128.
+  __device__ __forceinline__ uint32_t matrix_row(uint32_t tile) const {
+    const int row = lane % 16;
+    return tile + row * Traits::kPitch + (lane / 16 * 16 ^ Traits::swizzle(row));
+  }
+  // The same 32 bytes times `step` further on.
+  __device__ __forceinline__ static uint32_t matrix_step(uint32_t row, int step) {
+    return Traits::kSwizzled ? (row ^ step % 4 * 32) + step / 4 * 128 : row + step * 32;
   }
 
   // s = C fragments of the tile's keys.
@@ -137,7 +142,7 @@ struct RowTile {
     float odd[N][4];  // of every second step: two short chains of sums, not a long one
 #pragma unroll
     for (int i = 0; i < N * 4; ++i) s[i / 4][i % 4] = odd[i / 4][i % 4] = 0.0f;
-    const uint32_t at = keys + matrix_row();
+    const uint32_t row = matrix_row(keys);
     // float8: 16 bytes are 16 columns, one mma step; a thread gets 4 neighbouring ones. With an odd
     // number of steps the last second 16 bytes are padding.
     constexpr int kLoads = Traits::FP8 ? (D + 16) / 32 : D / 16;
@@ -147,7 +152,7 @@ struct RowTile {
       uint32_t x[kBatch][4];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (from + i < kLoads) ptx::ldmatrix_x4(x[i], at + (from + i) * 32);
+        if (from + i < kLoads) ptx::ldmatrix_x4(x[i], matrix_step(row, from + i));
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -182,7 +187,7 @@ struct RowTile {
 
   // p: B fragments, of 16 keys.
   __device__ __forceinline__ void add_values(uint32_t values, const uint32_t (&p)[N][2]) {
-    const uint32_t at = values + matrix_row();
+    const uint32_t row = matrix_row(values);
     constexpr int kLoads = Traits::FP8 ? (D + 16) / 32 : D / 16;
     constexpr int kBatch = Traits::kBatch < kLoads ? Traits::kBatch : kLoads;
 #pragma unroll
@@ -190,7 +195,7 @@ struct RowTile {
       uint32_t x[kBatch][4];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (from + i < kLoads) ptx::ldmatrix_x4_trans(x[i], at + (from + i) * 32);
+        if (from + i < kLoads) ptx::ldmatrix_x4_trans(x[i], matrix_step(row, from + i));
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
