@@ -20,7 +20,6 @@ struct TileTraits {
   }
   static constexpr int kRowBytes = D * (FP8 ? 1 : 2);
   static constexpr int kChunks = kRowBytes / 16;
-  static constexpr int kPrefetch = kRowBytes < 256 ? 256 : 128;
   // ldmatrix reads one column of chunks of 8 rows, without bank conflicts: rows of a power of two
   // of chunks follow each other densely, their chunks in another order in each row; others lie an
   // odd number of chunks apart. (Dense: a copy of a row then stays inside one line of 128 bytes of
@@ -98,8 +97,8 @@ struct KeyLoader {
       for (int i = 0; i < kTileKeys; i += kRows) {
         // Row i + lane / kChunks: no bit is in both, so neither is one in what they do to a chunk.
         const uint32_t at = (to ^ Traits::swizzle(i)) + i * Traits::kPitch;
-        ptx::cp_async16<Traits::kPrefetch>(keys + at, k_row, true);
-        ptx::cp_async16<Traits::kPrefetch>(values + at, v_row, true);
+        ptx::cp_async16(keys + at, k_row, true);
+        ptx::cp_async16(values + at, v_row, true);
         k_row += k_rows, v_row += v_rows;
       }
     } else {
