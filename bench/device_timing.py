@@ -2,14 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from time import perf_counter
 
 import torch
 
 
-def median_us(call: Callable[[], object], repeats: int = 20, warm: int = 3) -> float:
-    """Median time of one call in microseconds, by device events around each call."""
-    for _ in range(warm):
+def settle(call: Callable[[], object], seconds: float = 0.1) -> None:
+    """Calls until the GPU is at speed: for some tens of milliseconds after large buffers were
+    filled its memory is a seventh slower."""
+    start = perf_counter()
+    while perf_counter() - start < seconds:
         call()
+        torch.cuda.synchronize()
+
+
+def median_us(call: Callable[[], object], repeats: int = 20) -> float:
+    """Median time of one call in microseconds, by device events around each call."""
+    settle(call)
     times = []
     for _ in range(repeats):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

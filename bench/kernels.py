@@ -36,7 +36,7 @@ HAS_FLASHINFER = importlib.util.find_spec("flashinfer") is not None
 class Pages:
     """Sequences of ``lens`` tokens in a pool ``[P, L, 2, B, Hkv, D]``, pages in random order."""
 
-    def __init__(self, lens: list[int], kv_heads: int, dtype: torch.dtype, layers: int = 64):
+    def __init__(self, lens: list[int], kv_heads: int, dtype: torch.dtype, layers: int = 64, pad: int = 0):
         self.lens, self.kv_heads = lens, kv_heads
         self.counts = [-(-n // BLOCK) for n in lens]
         self.total = sum(self.counts)
@@ -45,7 +45,7 @@ class Pages:
         self.layers = max(
             LAYERS_USED, min(layers, POOL_BYTES // (self.total * (one + scale_bytes)))
         )
-        self.stride = self.layers * (one + scale_bytes)
+        self.stride = self.layers * (one + scale_bytes) + pad
         memory = torch.empty(self.total, self.stride, dtype=torch.uint8, device="cuda")
         shape = (self.layers, 2, BLOCK, kv_heads, DIM)
         self.data = memory[:, : one * self.layers].view(dtype).unflatten(1, shape)

@@ -134,60 +134,98 @@ struct DecodeWorker {
   }
 
  private:
-  __device__ __forceinline__ void add_pieces(int64_t slice, int from, bool from_start, int thread,
+  // Threads first, first + threads, ... add up the pieces of one sequence: whole warps of them.
+  __device__ __forceinline__ void add_pieces(int64_t slice, int from, bool from_start, int first,
                                              int threads) const {
-    const Piece<Traits>& first = team.pieces[from][from_start ? kHere : kBefore];
-    const Sequence q = first.q;
+    const Piece<Traits>& start = team.pieces[from][from_start ? kHere : kBefore];
+    const Sequence q = start.q;
     const Piece<Traits>* pieces[kWarps];  // null: the warp has none of it
     bool to_end = false;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const Piece<Traits>& piece = w == from ? first : team.pieces[w][kBefore];
-      const bool mine = w >= from && piece.seq == first.seq;
+      const Piece<Traits>& piece = w == from ? start : team.pieces[w][kBefore];
+      const bool mine = w >= from && piece.seq == start.seq;
       pieces[w] = mine ? &piece : nullptr;
       if (mine) to_end = piece.to_end;
     }
+    const bool whole = from_start && to_end;
     const int count = min(Traits::kRows, q.q_len * a.group - first_row);
-#pragma unroll 2
-    for (int i = thread; i < count * (D / 4); i += threads) {
-      const int row = i / (D / 4), column = i % (D / 4) * 4;
+    // A lane has what the pieces of its row are multiplied by, and where that row goes.
+    static_assert(Traits::kRows <= 32);
+    float factor[kWarps];
+    int64_t to;
+    {
+      const int row = min(lane, count - 1);
       float2 sums[kWarps];
-      float4 x[kWarps];
       float m = -INFINITY, l = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        sums[w] = make_float2(-INFINITY, 0.0f), x[w] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (pieces[w] == nullptr) continue;
-        sums[w] = pieces[w]->of[row];
-        x[w] =
-            *reinterpret_cast<const float4*>(pieces[w]->values + row * Traits::kSumPitch + column);
+        sums[w] = pieces[w] != nullptr ? pieces[w]->of[row] : make_float2(-INFINITY, 0.0f);
         m = fmaxf(m, sums[w].x);
       }
       const float base = finite_base(m);
-      float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const float factor = ptx::exp2_approx(sums[w].x - base);
-        l += sums[w].y * factor;
-        o.x += x[w].x * factor, o.y += x[w].y * factor;
-        o.z += x[w].z * factor, o.w += x[w].w * factor;
+        factor[w] = ptx::exp2_approx(sums[w].x - base);
+        l += sums[w].y * factor[w];
       }
-      if (!from_start || !to_end) {
-        const int64_t at = partial_row(d, slice, from_start ? 1 : 0, head, first_row + row);
-        *reinterpret_cast<float4*>(d.values + at * D + column) = o;
-        if (column == 0) d.sums[at] = make_float2(m, l);
-        continue;
+      const bool stores = first < 32 && lane < count;  // one warp of them
+      if (whole) {
+        const int token = (first_row + row) / a.group;
+        const int query_head = head * a.group + first_row + row - token * a.group;
+        const Closed closed = close_row(a, m, l, query_head);
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) factor[w] *= closed.factor;
+        to = (q.q_start + token) * a.out_token + query_head * a.out_head;
+        if (stores && a.lse != nullptr) {
+          a.lse[(q.q_start + token) * a.lse_token + query_head] = closed.lse;
+        }
+      } else {
+        to = partial_row(d, slice, from_start, head, first_row + row);
+        if (stores) d.sums[to] = make_float2(m, l);
+        to *= D;
       }
-      const int token = (first_row + row) / a.group;
-      const int query_head = head * a.group + first_row + row - token * a.group;
-      const Closed closed = close_row(a, m, l, query_head);
-      auto* out =
-          reinterpret_cast<uint32_t*>(static_cast<T*>(a.out) + (q.q_start + token) * a.out_token +
-                                      query_head * a.out_head + column);
-      out[0] = ptx::pack2<T>(o.x * closed.factor, o.y * closed.factor);
-      out[1] = ptx::pack2<T>(o.z * closed.factor, o.w * closed.factor);
-      if (a.lse != nullptr && column == 0) {
-        a.lse[(q.q_start + token) * a.lse_token + query_head] = closed.lse;
+    }
+    // Many loads at once: pieces may lie in global memory. Lanes stay together.
+    constexpr int kBatch = 8;
+    const int all = count * (D / 4);
+    for (int from = first; from - lane < all; from += kBatch * threads) {
+      int row[kBatch], column[kBatch];
+      float4 o[kBatch], x[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int i = from + u * threads;
+        row[u] = min(i / (D / 4), count - 1), column[u] = i % (D / 4) * 4;
+        o[u] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      }
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        if (pieces[w] == nullptr) continue;
+        const float* values = pieces[w]->values;
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          if (from + u * threads - lane < all) {
+            x[u] =
+                *reinterpret_cast<const float4*>(values + row[u] * Traits::kSumPitch + column[u]);
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          const float f = __shfl_sync(~0u, factor[w], row[u]);
+          o[u].x += x[u].x * f, o[u].y += x[u].y * f, o[u].z += x[u].z * f, o[u].w += x[u].w * f;
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int64_t at = __shfl_sync(~0u, to, row[u]) + column[u];
+        if (from + u * threads >= all) continue;
+        if (!whole) {
+          *reinterpret_cast<float4*>(d.values + at) = o[u];
+          continue;
+        }
+        auto* out = reinterpret_cast<uint32_t*>(static_cast<T*>(a.out) + at);
+        out[0] = ptx::pack2<T>(o[u].x, o[u].y);
+        out[1] = ptx::pack2<T>(o[u].z, o[u].w);
       }
     }
   }
