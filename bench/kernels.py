@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels_elementwise import elementwise_rows, sampling_rows
 
 from torch_pd import ops
+from torch_pd.sizing import KVShape
 
 BLOCK, DIM = 16, 128
 BYTES = {torch.uint8: 31 / 4096, torch.int8: 127}
@@ -36,7 +37,7 @@ HAS_FLASHINFER = importlib.util.find_spec("flashinfer") is not None
 class Pages:
     """Sequences of ``lens`` tokens in a pool ``[P, L, 2, B, Hkv, D]``, pages in random order."""
 
-    def __init__(self, lens: list[int], kv_heads: int, dtype: torch.dtype, layers: int = 64, pad: int = 0):
+    def __init__(self, lens: list[int], kv_heads: int, dtype: torch.dtype, layers: int = 64):
         self.lens, self.kv_heads = lens, kv_heads
         self.counts = [-(-n // BLOCK) for n in lens]
         self.total = sum(self.counts)
@@ -45,13 +46,15 @@ class Pages:
         self.layers = max(
             LAYERS_USED, min(layers, POOL_BYTES // (self.total * (one + scale_bytes)))
         )
-        self.stride = self.layers * (one + scale_bytes) + pad
+        record = KVShape(self.layers, kv_heads, DIM, dtype.itemsize, BLOCK, dtype in BYTES)
+        self.stride = record.page_bytes
         memory = torch.empty(self.total, self.stride, dtype=torch.uint8, device="cuda")
         shape = (self.layers, 2, BLOCK, kv_heads, DIM)
         self.data = memory[:, : one * self.layers].view(dtype).unflatten(1, shape)
         self.scales = None
         if scale_bytes:
-            self.scales = memory[:, one * self.layers :].view(torch.float32).unflatten(1, shape[:4])
+            scales = memory[:, record.data_bytes :][:, : record.scale_bytes]
+            self.scales = scales.view(torch.float32).unflatten(1, shape[:4])
         for layer in range(LAYERS_USED):
             if self.scales is None:
                 self.data[:, layer].normal_()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import tokens_of
 
-from torch_pd import LLM, SamplingParams
+from torch_pd import LLM, SamplingParams, sizing
 from torch_pd.kv.moves import Waits
 
 PAGE_GIB = 1 / (1 << 30)
@@ -99,6 +99,23 @@ def test_float8_pages_swap_with_their_scales(model):
     )
     assert outputs == expected
     assert stats["moved_in_bytes"] > 0
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_records_with_an_unused_end(model, tmp_path, monkeypatch, kv_cache_dtype):
+    prompts, params = work(30, seed=8)
+    base = {"kv_cache_dtype": kv_cache_dtype, "max_num_seqs": 8}
+    expected, _ = run(model, prompts, params, kv_cache_gib=0.05, **base)
+    monkeypatch.setattr(sizing, "SAME_BANKS", 1)  # so every record has one
+    with LLM(model, kv_cache_gib=0.01, max_model_len=64, **base) as llm:
+        shape = llm.engine.pool.shape
+    assert shape.page_bytes == shape.data_bytes + shape.scale_bytes + sizing.PAGE_PAD
+    gib = shape.page_bytes * PAGE_GIB
+    tiers = {"host_kv_gib": 16.5 * gib, "disk_kv_gib": 60.5 * gib, "disk_kv_path": str(tmp_path)}
+    outputs, stats = run(model, prompts, params, kv_cache_gib=13.5 * gib, **tiers, **base)
+    assert outputs == expected
+    assert stats["moved_in_bytes"] > 0
+    assert stats["disk_written_bytes"] > 0
 
 
 def check_larger_than_the_pool(model, page_bytes):

@@ -21,6 +21,26 @@ def test_page_of_qwen3_32b_is_4_mib():
     assert QWEN3_32B.page_bytes == 4 << 20
 
 
+@given(
+    layers=st.integers(1, 100),
+    heads=st.sampled_from([1, 2, 4, 5, 8]),
+    dim=st.sampled_from([64, 80, 128]),
+    scaled=st.booleans(),
+)
+def test_pages_do_not_lie_on_the_same_banks(layers, heads, dim, scaled):
+    shape = KVShape(layers, heads, dim, 1 if scaled else 2, 16, scaled)
+    used = layers * 2 * 16 * heads * (dim * shape.itemsize + 4 * scaled)
+    assert used == shape.data_bytes + shape.scale_bytes
+    assert shape.page_bytes == used + 1024 * (used % (320 << 10) == 0)
+    assert ("+ 1,024" in shape.describe()) == (shape.page_bytes > used)
+
+
+def test_pages_of_80_layers():
+    """Llama-3.1-70B and Qwen2.5-72B."""
+    shape = KVShape(num_layers=80, num_kv_heads=8, head_dim=128, itemsize=2, block_size=16)
+    assert shape.page_bytes == (5 << 20) + 1024
+
+
 @given(budget=st.integers(-(1 << 30), 1 << 40))
 def test_pages_fill_the_budget(budget):
     if budget < 2 * QWEN3_32B.page_bytes:

@@ -9,6 +9,12 @@ MOST_CHUNK = 64 << 20
 the more calls of the driver."""
 CHUNK_UNIT = 2 << 20
 """Bytes that a chunk is a multiple of, on every GPU of today."""
+SAME_BANKS = 320 << 10
+"""Bytes between pages that make attention slow: a layer of all pages is read at once, and on a GPU
+with five stacks of memory (A100, H100 80GB) it then lies on too few of its banks. Measured: 19%
+slower at every multiple of this, as fast as ever 1 KiB further on (docs/benchmarks.md)."""
+PAGE_PAD = 1 << 10
+"""Bytes left unused at the end of such pages."""
 LENT_ALIGN = 256
 """Bytes, of where a borrower's part of a lender's block begins."""
 
@@ -32,19 +38,26 @@ class KVShape:
         return per_token * self.block_size
 
     @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales of one page."""
+        return self.num_layers * 2 * self.block_size * self.num_kv_heads * 4 * self.scaled
+
+    @property
     def page_bytes(self) -> int:
-        """Bytes of one page record: keys and values, then the scales."""
-        scales = self.num_layers * 2 * self.block_size * self.num_kv_heads if self.scaled else 0
-        return self.data_bytes + 4 * scales
+        """Bytes of one page record: keys and values, then the scales, then what keeps it off
+        multiples of `SAME_BANKS`."""
+        used = self.data_bytes + self.scale_bytes
+        return used if used % SAME_BANKS else used + PAGE_PAD
 
     def describe(self) -> str:
         """The arithmetic of a page, for error messages."""
         one = f"{self.head_dim} x {self.itemsize}"
         if self.scaled:
             one = f"({one} + 4)"
+        pad = self.page_bytes - self.data_bytes - self.scale_bytes
         return (
             f"{self.num_layers} layers x 2 x {self.block_size} tokens x {self.num_kv_heads} KV "
-            f"heads x {one} bytes = {self.page_bytes:,} bytes a page"
+            f"heads x {one} bytes{f' + {pad:,}' if pad else ''} = {self.page_bytes:,} bytes a page"
         )
 
 

@@ -65,7 +65,8 @@ class KVPool:
             self.pages = data.unflatten(1, (*heads, head_dim))
             scales = None
             if self.shape.scaled:
-                behind = self.records[:, self.shape.data_bytes :].view(torch.float32)
+                used = self.shape.data_bytes + self.shape.scale_bytes
+                behind = self.records[:, self.shape.data_bytes : used].view(torch.float32)
                 scales = behind.unflatten(1, heads)
         self._layers = [
             LayerCache(
