@@ -1,6 +1,6 @@
 """Times the CUDA ops against this GPU's measured limits, beside FlashInfer if it is installed.
 
-    python bench/kernels.py [--only decode,prefill,elementwise,sampling] [--json FILE]
+    python bench/kernels.py [--only decode,prefill,pages,elementwise,sampling] [--json FILE]
 
 Attention runs over pools laid out as the engine's: the pages of one layer lie a whole page record
 (all layers) apart, in random order. Every call takes another layer, so that no call finds its
@@ -37,7 +37,14 @@ HAS_FLASHINFER = importlib.util.find_spec("flashinfer") is not None
 class Pages:
     """Sequences of ``lens`` tokens in a pool ``[P, L, 2, B, Hkv, D]``, pages in random order."""
 
-    def __init__(self, lens: list[int], kv_heads: int, dtype: torch.dtype, layers: int = 64):
+    def __init__(
+        self,
+        lens: list[int],
+        kv_heads: int,
+        dtype: torch.dtype,
+        layers: int = 64,
+        padded: bool = True,
+    ):
         self.lens, self.kv_heads = lens, kv_heads
         self.counts = [-(-n // BLOCK) for n in lens]
         self.total = sum(self.counts)
@@ -47,7 +54,7 @@ class Pages:
             LAYERS_USED, min(layers, POOL_BYTES // (self.total * (one + scale_bytes)))
         )
         record = KVShape(self.layers, kv_heads, DIM, dtype.itemsize, BLOCK, dtype in BYTES)
-        self.stride = record.page_bytes
+        self.stride = record.page_bytes if padded else record.data_bytes + record.scale_bytes
         memory = torch.empty(self.total, self.stride, dtype=torch.uint8, device="cuda")
         shape = (self.layers, 2, BLOCK, kv_heads, DIM)
         self.data = memory[:, : one * self.layers].view(dtype).unflatten(1, shape)
@@ -160,6 +167,8 @@ DECODE = [
     (64, 8, 1, 8192),
     (32, 8, 256, 1024),
 ]
+# Sequences, least and most tokens: cut wherever the slices of a call end.
+MIXED = [(64, 300, 2483), (256, 256, 768)]
 
 
 def decode_rows(peers: bool) -> list[Row]:
@@ -184,6 +193,26 @@ def decode_rows(peers: bool) -> list[Row]:
                 add(f"{name} {kind}", Pages([length] * count, kv_heads, dtype), heads, False)
     lens = [512] * 60 + [32768] + [512] * 67
     add("decode 64/8 1 x 32768 + 127 x 512", Pages(lens, 8, torch.bfloat16), 64, peers)
+    generator = torch.Generator().manual_seed(0)
+    for count, least, most in MIXED:
+        lens = torch.randint(least, most + 1, (count,), generator=generator).tolist()
+        name = f"decode 64/8 b={count} ctx={least}..{most}"
+        add(name, Pages(lens, 8, torch.bfloat16), 64, peers)
+        add(f"{name} fp8", Pages(lens, 8, torch.uint8), 64, False)
+    return rows
+
+
+def page_rows() -> list[Row]:
+    """Page records of several numbers of layers: with the unused end that some have, without."""
+    rows = []
+    for layers in (32, 36, 40, 48, 64, 80):
+        pages = Pages([1024] * 64, 8, torch.bfloat16, layers)
+        call = pages.ours(64, [1] * 64)
+        row = Row(f"decode 64/8 b=64 ctx=1024, {layers} layers a page", 0.0, bytes=pages.nbytes())
+        row.us = row.graph = graph_us(call)
+        packed = Pages([1024] * 64, 8, torch.bfloat16, layers, padded=False)
+        row.others["packed graph"] = graph_us(packed.ours(64, [1] * 64))
+        rows.append(row)
     return rows
 
 
@@ -233,6 +262,7 @@ def prefill_rows(peers: bool) -> list[Row]:
 SECTIONS: dict[str, Callable[[bool], list[Row]]] = {
     "decode": decode_rows,
     "prefill": prefill_rows,
+    "pages": lambda _: page_rows(),
     "elementwise": lambda _: elementwise_rows(),
     "sampling": lambda _: sampling_rows(),
 }

@@ -75,12 +75,11 @@ class Launch {
   // After each launch: a wrong launch is reported here, by op, not at some later call.
   void check() const { check_cuda(op, cudaGetLastError(), "kernel launch"); }
 
-  // cudaFuncSetAttribute for kernels that use more than 48 KiB of dynamic shared memory.
+  // For kernels whose dynamic shared memory, with their static one, may exceed 48 KiB.
   template <typename Kernel>
   void allow_shared(Kernel* kernel, int bytes) const {
     TPD_CHECK(op, bytes <= info.max_shared, "needs ", bytes, " bytes of shared memory a block, ",
               "cuda:", device, " has ", info.max_shared);
-    if (bytes <= 48 * 1024) return;
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
                "cudaFuncSetAttribute");
   }
