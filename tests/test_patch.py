@@ -352,6 +352,7 @@ def test_offloaded_weights_are_refused():
         patch_model(model)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_weights_that_do_not_lie_row_by_row_are_not_fused():
     """Such as quantised ones, which are tensors of a class of their own."""
     model = models.build("llama")
