@@ -2,7 +2,7 @@
 
 So everything that counts ranks is tested where there are not as many GPUs: who owns what, who reads
 whom, collectives and graphs of unequal parts, votes. Speeds are not: a step takes as long as the
-turns of its exchanges.
+turns of its exchanges, and other tests on the same GPUs at the same time make these much longer.
 """
 
 import functools
