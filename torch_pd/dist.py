@@ -117,20 +117,26 @@ def join_torchrun(device: str, roll: Roll | None = None) -> World:
     if ours:
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
-            store=dist.PrefixStore("default_pg", store),
+            # (Keys of a group that the caller has destroyed are still there.)
+            store=dist.PrefixStore(f"default_pg/{0 if roll is None else roll.llm}", store),
             rank=rank,
             world_size=size,
             timeout=_TIMEOUT,
             device_id=here if device == "cuda" else None,
         )
-        # Without this, NCCL warns at exit of what it was left with.
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_end_group)
     elif device == "cuda" and "nccl" not in dist.get_backend():
         raise ValueError(
             f"device='cuda' needs a process group with NCCL, the present one has "
             f"{dist.get_backend()}"
         )
     return _world(here, roll)
+
+
+def _end_group() -> None:
+    """Without this, NCCL warns at exit of what it was left with."""
+    if dist.is_initialized():  # (the caller may have ended it)
+        dist.destroy_process_group()
 
 
 def _take_device(device: str, index: int) -> torch.device:
