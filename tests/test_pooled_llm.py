@@ -41,17 +41,22 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def work():
-    """Prompts and parameters of very different lengths, a third of them sampled."""
+def make_work(count: int, most: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts and parameters of very different lengths, a third of them sampled; up to ``most``
+    tokens come out."""
     torch.manual_seed(1)
-    lengths, outputs = torch.randint(1, 60, (24,)), torch.randint(1, 40, (24,))
+    lengths, outputs = torch.randint(1, 60, (count,)), torch.randint(1, most, (count,))
     prompts = [torch.randint(3, 500, (int(n),)).tolist() for n in lengths]
     params = [
         SamplingParams(max_tokens=int(m), temperature=float(i % 3 == 0), ignore_eos=True, seed=i)
         for i, m in enumerate(outputs)
     ]
     return prompts, params
+
+
+@pytest.fixture(scope="module")
+def work():
+    return make_work(24, 40)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """World: the ranks of one host that run together, joined under torchrun or spawned by us.
 
-Our code reads no environment: under torchrun, torch's own ``env://`` does.
+Our code takes no setting from the environment: under torchrun, torch's own ``env://`` does.
 """
 
 import atexit

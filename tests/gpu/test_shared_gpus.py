@@ -17,10 +17,10 @@ from test_llm_tiers import PAGE_GIB
 from test_llm_tiers import tokens_of as tiered_tokens_of
 from test_llm_tiers import work as tiered_work
 from test_peer_pages import LONG, SIZES, check, large, long_prompts
-from test_pooled_llm import check_halves, folder  # noqa: F401
+from test_pooled_llm import check_halves, folder, make_work  # noqa: F401
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from torch_pd import LLM, SamplingParams
+from torch_pd import LLM
 from torch_pd.engine import sharing, spawned
 from torch_pd.engine.halving import Halving
 from torch_pd.nn.patch import patch_model
@@ -63,15 +63,7 @@ def untied(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def work():
-    """Few requests and short ones; a third of them sampled."""
-    torch.manual_seed(1)
-    lengths, outputs = torch.randint(1, 60, (12,)), torch.randint(1, 12, (12,))
-    prompts = [torch.randint(3, 500, (int(n),)).tolist() for n in lengths]
-    params = [
-        SamplingParams(max_tokens=int(m), temperature=float(i % 3 == 0), ignore_eos=True, seed=i)
-        for i, m in enumerate(outputs)
-    ]
-    return prompts, params
+    return make_work(12, 12)
 
 
 def tokens_of(llm: LLM, work) -> list[list[int]]:

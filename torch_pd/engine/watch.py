@@ -38,14 +38,9 @@ class Watch:
                 f"the model was made {model.dtype}, but its KV pages are for {self._dtype}: make a "
                 "new LLM after such a change"
             )
-        places = [
-            parameter.data_ptr() if in_rows(parameter) else id(parameter)
-            for parameter in model.parameters()
-        ]
-        versions = [
-            0 if parameter.is_inference() else parameter._version
-            for parameter in model.parameters()
-        ]
+        parameters = list(model.parameters())
+        places = [p.data_ptr() if in_rows(p) else id(p) for p in parameters]
+        versions = [0 if p.is_inference() else p._version for p in parameters]
         if captured and places != self._places:
             raise ValueError(
                 "parameters of the model have other storage than CUDA graphs read: copy new values "

@@ -264,8 +264,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(file), framework="pt"):
-            pass  # it checks the file: header, sizes, no overlap, no rest
+        safe_open(str(file), framework="pt")  # checks header and sizes, no overlap, no rest
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{str(file)!r} ({file.stat().st_size:,} bytes) is not a complete safetensors "
