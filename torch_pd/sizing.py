@@ -11,8 +11,8 @@ CHUNK_UNIT = 2 << 20
 """Bytes that a chunk is a multiple of, on every GPU of today."""
 SAME_BANKS = 320 << 10
 """Bytes between pages that make attention slow: a layer of all pages is read at once, and on a GPU
-with five stacks of memory (A100, H100 80GB) it then lies on too few of its banks. Measured: 19%
-slower at every multiple of this, as fast as ever 1 KiB further on (docs/benchmarks.md)."""
+with five stacks of memory it then lies on too few of its banks. Measured on an H100 80GB: 14 to 21%
+slower at multiples of this, as fast as ever 1 KiB further on (docs/benchmarks.md)."""
 PAGE_PAD = 1 << 10
 """Bytes left unused at the end of such pages."""
 LENT_ALIGN = 256
